@@ -1,0 +1,41 @@
+# make demo, make test: from a bare machine with python3 (3.10 to 3.12), pip and make. Set-up happens once, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu smoke lint format bench clean
+
+help:            ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info[:2] <= (3, 12) else "error: Python 3.10 to 3.12 is needed, this is %d.%d; choose another with make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+demo: .venv/.installed   ## 11 stitched ratios of the bundled emoji models -> figures/demo
+	$(BIN)/python dit/sample_t_stitch.py --preset emoji --all_tradeoffs --save_dir figures/demo
+
+test: .venv/.installed   ## the tests, a minute or two
+	$(BIN)/python -m pytest -q
+
+test-slow: .venv/.installed   ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: .venv/.installed   ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+lint: .venv/.installed   ## ruff, style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.installed   ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed   ## time at ratio r against r*T_small + (1-r)*T_large
+	$(BIN)/python benchmarks/stitch_overhead.py
+
+clean:           ## remove caches and .venv
+	rm -rf .venv .pytest_cache .ruff_cache

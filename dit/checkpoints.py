@@ -1,0 +1,74 @@
+"""Build a DiT by name, or from a file that says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dit.models import DiT, DiT_models
+from tstitch.checkpoints import load_strict, read_weights
+from tstitch.cli import SamplingPlan
+from tstitch.errors import InputError
+from tstitch.presets import DenoiserFile
+
+# The bundled emoji models: latents of 4x16x16. Patch 4 makes 16 tokens, patch 2 makes 64, and compute goes with tokens.
+EMOJI_SIZES: dict[str, dict[str, Any]] = {
+    "emoji-small": {"patch_size": 4, "hidden_size": 160, "depth": 6, "num_heads": 4},
+    "emoji-base": {"patch_size": 2, "hidden_size": 160, "depth": 5, "num_heads": 4},
+    "emoji-large": {"patch_size": 2, "hidden_size": 224, "depth": 6, "num_heads": 4},
+}
+DIT_CONFIGS = [*DiT_models, *EMOJI_SIZES]
+
+
+def build_dit(name: str, **arguments: Any) -> DiT:  # noqa: ANN401  (the arguments of DiT)
+    """Make an untrained model of a named size.
+
+    Raises:
+        InputError: if the name is unknown or the arguments do not fit together.
+    """
+    if name in DiT_models:
+        return DiT_models[name](**arguments)
+    if name in EMOJI_SIZES:
+        return DiT(**EMOJI_SIZES[name], **arguments)
+    raise InputError(f"unknown model '{name}'; choose from {', '.join(DIT_CONFIGS)}")
+
+
+def load_dit(path: str | Path, name: str | None = None, **arguments: Any) -> DiT:  # noqa: ANN401  (the arguments of DiT)
+    """Load weights in eval mode, float32.
+
+    Args:
+        path: safetensors of ours, whose header says what the model is, or a published .pt.
+        name: model size for a file that does not say.
+        arguments: input_size, num_classes and so on for such a file.
+
+    Raises:
+        InputError: if the file cannot be read, says nothing and no name is given, or does not fit.
+    """
+    state, config = read_weights(path)
+    if config:
+        model = DiT(**config)
+    elif name is not None:
+        model = build_dit(name, **arguments)
+    else:
+        raise InputError(f"{path} does not say which model it is; name its size")
+    load_strict(model, state, path)
+    return model.eval()
+
+
+def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile]) -> list[DiT]:
+    """Load the denoisers of a sampling plan onto its device, in its number type.
+
+    Raises:
+        InputError: if a file is missing or damaged, or was trained for other pictures or classes.
+    """
+    denoisers = []
+    for file in files:
+        model = load_dit(file.path, file.model, input_size=plan.latent_size, num_classes=plan.num_classes)
+        if model.latent_shape[1] != plan.latent_size:
+            trained = model.latent_shape[1] * plan.preset.downsampling
+            raise InputError(f"{file.path} was trained for {trained}x{trained} pictures, not {plan.image_size}x{plan.image_size}; pass --image-size {trained}")
+        if model.num_classes != plan.num_classes:
+            raise InputError(f"{file.path} was trained for {model.num_classes} classes, not {plan.num_classes}; pass --num-classes {model.num_classes}")
+        denoisers.append(model.to(plan.device, plan.dtype))
+    return denoisers

@@ -1,0 +1,80 @@
+"""Pictures of results: image grids with headers, and the trade-off curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from tstitch.files import atomic_path
+
+MARGIN = 4
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    # The one font that is always there, since matplotlib ships it.
+    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+
+
+def save_image(path: Path, image: Image.Image) -> None:
+    """Save a picture atomically, format by suffix."""
+    with atomic_path(path) as temporary:
+        image.save(temporary)
+
+
+def image_grid(images: Tensor, columns: Sequence[str], rows: Sequence[str] = (), cell: int = 96) -> Image.Image:
+    """Lay out pictures under column headers and beside row names.
+
+    Args:
+        images: uint8 (rows, columns, 3, H, W).
+        columns: header of each column; a line break makes a second line.
+        rows: name of each row; () leaves the names out.
+        cell: side of a picture in the grid in pixels, at least; small ones are enlarged by a whole factor.
+    """
+    size = images.shape[-1]
+    cell = size * max(1, cell // size)
+    font = _font(13)
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = MARGIN * 3 + max((round(draw.textlength(name, font)) for name in rows), default=-MARGIN * 2)
+    top = MARGIN * 2 + 16 * max((header.count("\n") + 1 for header in columns if header), default=0)
+    grid = Image.new("RGB", (left + len(columns) * (cell + MARGIN), top + len(images) * (cell + MARGIN)), "white")
+    draw = ImageDraw.Draw(grid)
+    for c, header in enumerate(columns):
+        draw.multiline_text((left + c * (cell + MARGIN) + cell / 2, MARGIN), header, "black", font, anchor="ma", align="center", spacing=2)
+    for r, row in enumerate(images):
+        if rows:
+            draw.text((left - 2 * MARGIN, top + r * (cell + MARGIN) + cell / 2), rows[r], "black", font, anchor="rm")
+        for c, picture in enumerate(row):
+            tile = Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).resize((cell, cell), Image.Resampling.NEAREST)
+            grid.paste(tile, (left + c * (cell + MARGIN), top + r * (cell + MARGIN)))
+    return grid
+
+
+def plot_tradeoff(path: Path, curves: dict[str, list[tuple[float, float, str]]], *, xlabel: str, ylabel: str, title: str = "") -> None:
+    """Draw quality against cost.
+
+    Args:
+        curves: name -> points (cost, quality, short label); a name that starts with a dot is drawn as points without a line.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, points in curves.items():
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(x, y, "o" if name.startswith(".") else "o-", label=name.lstrip("."), markersize=5, linewidth=1.5)
+        for cost, quality, label in points:
+            axes.annotate(label, (cost, quality), textcoords="offset points", xytext=(4, 5), fontsize=8)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
