@@ -21,7 +21,7 @@ POSITION_ENCODINGS = ("abs", "rope", "gta")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, for x (N, T, D) and shift, scale (N, D)."""
+    """X * (1 + scale) + shift, for x (N, T, D) and shift, scale (N, D)."""
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
 
 

@@ -1,7 +1,7 @@
 """Sample pictures with one DiT.
 
-    python dit/sample.py --preset emoji                                    # the bundled large model
-    python dit/sample.py --model DiT-XL/2 --ckpt DiT-XL-2-256x256.pt --class-labels 207 360
+python dit/sample.py --preset emoji                                    # the bundled large model
+python dit/sample.py --model DiT-XL/2 --ckpt DiT-XL-2-256x256.pt --class-labels 207 360
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,7 +19,7 @@ from tstitch.autoencoder import Autoencoder
 from tstitch.cli import add_sampling_args, new_parser, run, sampling_plan
 from tstitch.errors import InputError
 from tstitch.files import write_json
-from tstitch.plots import image_grid, save_image
+from tstitch.plots import contact_sheet, save_image
 from tstitch.presets import DenoiserFile
 from tstitch.sampling import sample
 from tstitch.schedule import StitchSchedule
@@ -56,9 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             solver=plan.solver, guidance=plan.guidance, noise=plan.noise, callback=lambda _: bar.update(),
         )  # fmt: skip
     images = autoencoder.decode(latents)
-    columns = min(4, len(images))
-    blank = torch.full_like(images[:1], 255).expand(-len(images) % columns, -1, -1, -1)
-    save_image(args.save_dir / "sample.png", image_grid(torch.cat([images, blank]).unflatten(0, (-1, columns)), [""] * columns))
+    save_image(args.save_dir / "sample.png", contact_sheet(images))
     write_json(args.save_dir / "config.json", {
         "model": name, "checkpoint": file.path.name, "settings": plan.settings, "seeds": plan.noise.seeds, "labels": plan.labels.tolist(), "dtype": args.dtype,
     })  # fmt: skip

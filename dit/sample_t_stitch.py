@@ -25,7 +25,7 @@ from dit.checkpoints import load_denoisers
 from tstitch.autoencoder import Autoencoder
 from tstitch.cli import SamplingPlan, add_sampling_args, new_parser, run, sampling_plan
 from tstitch.files import write_json
-from tstitch.plots import image_grid, plot_tradeoff, save_image
+from tstitch.plots import contact_sheet, image_grid, plot_tradeoff, save_image
 from tstitch.presets import DenoiserFile
 from tstitch.results import markdown_table, quality_by_schedule
 from tstitch.sampling import Progress
@@ -95,12 +95,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = report(plan, schedules, letters, step_seconds, decode_seconds)
     folder = args.save_dir or Path("figures") / f"seed_{args.seed}"
     names = [plan.preset.class_name(label) for label in plan.labels.tolist()]
-    headers = [f"{row['schedule_name']}\n{row['seconds_per_image']:.2f} s" for row in rows]
     if len(schedules) == 1:
-        columns = min(4, len(images))
-        blank = torch.full_like(images[:1], 255).expand(-len(images) % columns, -1, -1, -1, -1)
-        images, headers, names = torch.cat([images, blank]).view(-1, columns, *images.shape[2:]), [headers[0].replace("\n", ", ")] + [""] * (columns - 1), []
-    save_image(folder / "grid.png", image_grid(images, headers, names))
+        grid = contact_sheet(images[:, 0], f"{rows[0]['schedule_name']}, {rows[0]['seconds_per_image']:.2f} s per image")
+    else:
+        grid = image_grid(images, [f"{row['schedule_name']}\n{row['seconds_per_image']:.2f} s" for row in rows], names)
+    save_image(folder / "grid.png", grid)
     if len(schedules) > 1 and all(row["fd_emoji"] is not None for row in rows):
         points = [(row["seconds_per_image"], row["fd_emoji"], f"{row['schedule'].fractions[0]:g}") for row in rows]
         plot_tradeoff(

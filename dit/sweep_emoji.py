@@ -138,9 +138,7 @@ def write_table(
         "metric": "FD-emoji: Frechet distance in the features of pretrained_models/emoji/features.safetensors; comparable only with itself",
         "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": str(plan.device), "step_seconds_of_8_images": step_seconds, "rows": rows,
     })  # fmt: skip
-    table = [
-        [r["name"], f"{r['speed_up']:.2f}", f"{r['fd_emoji']:.2f}", f"{100 * r['fd_relative']:+.1f} %", f"{r['fd_emoji_held_out']:.2f}"] for r in rows
-    ]
+    table = [[r["name"], f"{r['speed_up']:.2f}", f"{r['fd_emoji']:.2f}", f"{100 * r['fd_relative']:+.1f} %", f"{r['fd_emoji_held_out']:.2f}"] for r in rows]
     print(markdown_table(["schedule", "speed-up", "FD-emoji", "against large alone", "FD-emoji, held-out reference"], table))
 
 

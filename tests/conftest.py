@@ -64,7 +64,9 @@ def redraw_weights(model: DiT, seed: int, std: float = 0.08) -> DiT:
 
 def tiny_dit(seed: int, width: int = 32, depth: int = 2, patch_size: int = 2, **kwargs: object) -> DiT:
     """A DiT of 4x8x8 latents and 10 classes with random weights."""
-    return redraw_weights(DiT(**{"input_size": 8, "patch_size": patch_size, "hidden_size": width, "depth": depth, "num_heads": 4, "num_classes": 10, **kwargs}), seed)
+    return redraw_weights(
+        DiT(**{"input_size": 8, "patch_size": patch_size, "hidden_size": width, "depth": depth, "num_heads": 4, "num_classes": 10, **kwargs}), seed
+    )
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,7 @@ import torch
 from conftest import GOLDEN, golden_files, load_case
 
 from dit.models import DiT_models
-from tstitch.diffusion import create_diffusion, named_betas, space_timesteps
-from tstitch.errors import InputError
+from tstitch.diffusion import create_diffusion, space_timesteps
 from tstitch.guidance import ClassifierFreeGuidance
 from tstitch.sampling import Progress, sample
 from tstitch.schedule import StitchSchedule

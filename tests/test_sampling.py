@@ -64,7 +64,7 @@ def test_deterministic_solvers_converge_to_the_closed_form_of_gaussian_data(name
 
 @pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm++", 2)])
 def test_solvers_have_their_order(name: str, order: int) -> None:
-    errors = [flow_error(SOLVERS[name], list(range(100, 901, stride)), at_data=False) for stride in (20, 10, 5)]
+    errors = [flow_error(SOLVERS[name], list(range(20, 901, stride)), at_data=False) for stride in (20, 10, 5)]
     orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
     assert all(order - 0.3 < measured < order + 0.6 for measured in orders), orders
 

@@ -33,7 +33,7 @@ def no_guidance(denoiser: Denoiser, x: Tensor, t: Tensor, y: Tensor, progress: f
 
 
 def extrapolate(weak: Tensor, strong: Tensor, scale: float, guided: int) -> Tensor:
-    """weak + scale * (strong - weak) on the first `guided` channels, `strong` on the others."""
+    """Weak + scale * (strong - weak) on the first `guided` channels, `strong` on the others."""
     pushed = torch.lerp(weak[:, :guided], strong[:, :guided], scale)
     return torch.cat([pushed, strong[:, guided:]], dim=1) if guided < strong.shape[1] else pushed
 

@@ -11,6 +11,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -48,7 +49,10 @@ def image_grid(images: Tensor, columns: Sequence[str], rows: Sequence[str] = (),
     grid = Image.new("RGB", (left + len(columns) * (cell + MARGIN), top + len(images) * (cell + MARGIN)), "white")
     draw = ImageDraw.Draw(grid)
     for c, header in enumerate(columns):
-        draw.multiline_text((left + c * (cell + MARGIN) + cell / 2, MARGIN), header, "black", font, anchor="ma", align="center", spacing=2)
+        width = max(draw.textlength(line, font) for line in header.split("\n"))
+        # Centred over its column, or flush left where it is wider.
+        centre = left + c * (cell + MARGIN) + max(cell, width) / 2
+        draw.multiline_text((centre, MARGIN), header, "black", font, anchor="ma", align="center", spacing=2)
     for r, row in enumerate(images):
         if rows:
             draw.text((left - 2 * MARGIN, top + r * (cell + MARGIN) + cell / 2), rows[r], "black", font, anchor="rm")
@@ -56,6 +60,13 @@ def image_grid(images: Tensor, columns: Sequence[str], rows: Sequence[str] = (),
             tile = Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).resize((cell, cell), Image.Resampling.NEAREST)
             grid.paste(tile, (left + c * (cell + MARGIN), top + r * (cell + MARGIN)))
     return grid
+
+
+def contact_sheet(images: Tensor, header: str = "", columns: int = 4) -> Image.Image:
+    """Lay out pictures uint8 (N, 3, H, W) row by row, under one header."""
+    columns = min(columns, len(images))
+    blank = torch.full_like(images[:1], 255).expand(-len(images) % columns, -1, -1, -1)
+    return image_grid(torch.cat([images, blank]).unflatten(0, (-1, columns)), [header, *[""] * (columns - 1)])
 
 
 def plot_tradeoff(path: Path, curves: dict[str, list[tuple[float, float, str]]], *, xlabel: str, ylabel: str, title: str = "") -> None:

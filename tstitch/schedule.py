@@ -181,7 +181,7 @@ class StitchSchedule:
         label = [names[k] if names else str(k) for k in self.order]
         if not self.fractions:
             sign = ">=" if self.switch_by == "sigma" else "<"
-            return " ".join([f"{n}:{self.switch_by}{sign}{v:g}" for n, v in zip(label, self.thresholds)] + [f"{label[-1]}:rest"])
+            return " ".join([f"{n}:{self.switch_by}{sign}{v:g}" for n, v in zip(label[:-1], self.thresholds, strict=True)] + [f"{label[-1]}:rest"])
         shares = " ".join(f"{n}:{round(100 * f, 2):g}" for n, f in zip(label, self.fractions, strict=True) if f > 0)
         return shares if self.switch_by == "step" else f"{shares} by {self.switch_by}"
 

@@ -151,6 +151,8 @@ def fit(
     log = JsonLines(folder / "log.jsonl", start) if main else None
     if main:
         write_json(folder / "config.json", config)
+        for left_by_a_kill in checkpoints.glob(".*.tmp.pt"):
+            left_by_a_kill.unlink()
 
     sums: dict[str, Tensor] = {}
     bar = tqdm(total=max_steps, initial=start, desc=folder.name, unit="step", disable=not main, mininterval=1.0)

@@ -77,13 +77,15 @@ def read_drawings(tarball: Path, drawing_set: str) -> list[dict]:
             continue
         for variant in [entry, *entry.get("skin_variations", {}).values()]:
             if variant["image"] in pictures:
-                records.append({
-                    "image": on_white(pictures[variant["image"]]),
-                    "label": EMOJI_CLASSES.index(entry["category"]),
-                    "drawing_set": DRAWING_SETS.index(drawing_set),
-                    "name": (entry["name"] or entry["short_name"]).lower(),
-                    "held_out": zlib.crc32(entry["unified"].encode()) % 10 == 0,
-                })
+                records.append(
+                    {
+                        "image": on_white(pictures[variant["image"]]),
+                        "label": EMOJI_CLASSES.index(entry["category"]),
+                        "drawing_set": DRAWING_SETS.index(drawing_set),
+                        "name": (entry["name"] or entry["short_name"]).lower(),
+                        "held_out": zlib.crc32(entry["unified"].encode()) % 10 == 0,
+                    }
+                )
     return records
 
 

@@ -1,6 +1,6 @@
 """Encode the training drawings with the emoji VAE into a feature folder for dit/train.py.
 
-    python assets/emoji/encode_latents.py --vae pretrained_models/emoji/vae --out data/emoji/features
+python assets/emoji/encode_latents.py --vae pretrained_models/emoji/vae --out data/emoji/features
 """
 
 from __future__ import annotations

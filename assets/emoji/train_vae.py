@@ -1,7 +1,7 @@
 """Train the tiny emoji autoencoder: 64x64 pictures <-> latents of 4x16x16 (a diffusers AutoencoderKL).
 
-    python assets/emoji/train_vae.py --results-dir runs/emoji-vae     # resumes by itself after a kill
-    python assets/emoji/train_vae.py --results-dir runs/emoji-vae --export pretrained_models/emoji/vae
+python assets/emoji/train_vae.py --results-dir runs/emoji-vae     # resumes by itself after a kill
+python assets/emoji/train_vae.py --results-dir runs/emoji-vae --export pretrained_models/emoji/vae
 """
 
 from __future__ import annotations
@@ -63,14 +63,15 @@ class VAELoss(nn.Module):
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, drawings: Drawings) -> float:
-    """Peak signal-to-noise ratio in dB over 8-bit pictures decoded from the posterior mean, mean squared error over all of them."""
-    total = 0.0
+def psnr(vae: AutoencoderKL, drawings: Drawings) -> tuple[float, float]:
+    """Peak signal-to-noise ratio in dB of 8-bit pictures decoded from the posterior mean: the mean over pictures, and that of the pooled squared error."""
+    errors = []
     for index in tqdm(torch.arange(len(drawings.labels)).split(64), desc="psnr", unit="batch"):
         decoded = vae.decode(vae.encode(drawings.batch(index)).latent_dist.mean).sample
         pixels = ((decoded + 1) * 127.5).round().clamp(0, 255)
-        total += (pixels - drawings.images[index].float()).square().sum().item()
-    return 10 * math.log10(255**2 / (total / drawings.images.numel()))
+        errors.append((pixels - drawings.images[index].float()).square().mean(dim=(1, 2, 3)))
+    error = torch.cat(errors).clamp(min=1e-3)
+    return (10 * torch.log10(255**2 / error)).mean().item(), 10 * math.log10(255**2 / error.mean().item())
 
 
 @torch.no_grad()
@@ -132,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         normalize_latents(vae, drawings)
         vae.half().save_pretrained(args.export)
         vae = AutoencoderKL.from_pretrained(args.export)  # what ships is what is measured
-    print(f"held-out PSNR {psnr(vae, held_out):.2f} dB over {len(held_out.labels)} drawings")
+    mean, pooled = psnr(vae, held_out)
+    print(f"held-out PSNR over {len(held_out.labels)} drawings: {mean:.2f} dB (mean of the pictures'), {pooled:.2f} dB (of the pooled error)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""Draw the pictures of the model card: loss curves, and samples beside their nearest training drawings.
+
+    python assets/emoji/make_card.py     # reads pretrained_models/emoji, writes its loss.png and samples.png
+
+The nearest drawing (mean squared pixel difference) shows how far a model copies what it was trained on. The same distance from held-out drawings to the
+training drawings says how near two different drawings are anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from torch import Tensor
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from assets.emoji.emoji_data import DATASET, load_drawings
+from dit.checkpoints import load_denoisers
+from tstitch.autoencoder import Autoencoder
+from tstitch.cli import add_sampling_args, new_parser, run, sampling_plan
+from tstitch.files import atomic_path
+from tstitch.plots import image_grid, save_image
+from tstitch.presets import ROOT
+from tstitch.sampling import sample
+from tstitch.schedule import StitchSchedule
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--data", type=Path, default=DATASET, help="drawings, from build_dataset.py")
+    parser.add_argument("--models", type=Path, default=ROOT / "pretrained_models" / "emoji", help="folder of the card")
+    add_sampling_args(parser)
+    parser.set_defaults(preset="emoji", class_labels=list(range(9)), num_images=18)
+    return parser.parse_args(argv)
+
+
+def nearest(pictures: Tensor, drawings: Tensor) -> tuple[Tensor, Tensor]:
+    """For uint8 pictures (N, 3, H, W): index of the nearest drawing, and root mean squared difference in grey levels; each (N,)."""
+    small = [torch.nn.functional.avg_pool2d(x.float(), 2).flatten(1) for x in (pictures, drawings)]  # 32x32: shifts of one pixel count less
+    distances = torch.cdist(*small) / small[0].shape[1] ** 0.5
+    best = distances.min(dim=1)
+    return best.indices, best.values
+
+
+def plot_losses(folder: Path) -> None:
+    """Loss by training step from logs/*.jsonl."""
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for log in sorted((folder / "logs").glob("dit-*.jsonl")):
+        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=log.stem, linewidth=1)
+    axes.set(xlabel="training step", ylabel="loss (min-SNR weighted)", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with atomic_path(folder / "loss.png") as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw both pictures, print the distances."""
+    args = parse_args(argv)
+    plot_losses(args.models)
+    plan = sampling_plan(args)
+    train, held_out = load_drawings(args.data, held_out=False), load_drawings(args.data, held_out=True)
+    autoencoder = Autoencoder(plan.vae, plan.device)
+    columns, headers = [], []
+    for file, denoiser in zip(plan.preset.denoisers, load_denoisers(plan, plan.preset.denoisers), strict=True):
+        latents = sample(
+            [denoiser], plan.noise.latents(denoiser.latent_shape, plan.device), plan.labels.to(plan.device), schedule=StitchSchedule((1.0,)),
+            solver=plan.solver, guidance=plan.guidance, noise=plan.noise,
+        )  # fmt: skip
+        pictures = autoencoder.decode(latents)
+        index, distance = nearest(pictures, train.images)
+        print(f"{file.model}: nearest training drawing at {distance.median():.1f} grey levels (median of {len(distance)} samples)")
+        columns += [pictures, train.images[index]]
+        headers += [file.model.removeprefix("emoji-"), "nearest"]
+    print(f"held-out drawings: nearest training drawing at {nearest(held_out.images, train.images)[1].median():.1f} grey levels (median)")
+    names = [plan.preset.class_name(label) for label in plan.labels.tolist()]
+    save_image(args.models / "samples.png", image_grid(torch.stack(columns, dim=1), headers, names, cell=64))
+
+
+if __name__ == "__main__":
+    run(main)

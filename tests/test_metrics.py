@@ -1,0 +1,53 @@
+"""The Frechet distance against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tstitch.metrics import FeatureStatistics, frechet_distance
+from tstitch.metrics.emoji import fd_emoji, gather, load_extractor, load_reference
+from tstitch.presets import ROOT
+
+
+def test_equal_statistics_have_distance_zero() -> None:
+    root = np.random.default_rng(0).normal(size=(5, 8))  # rank 5 of 8: singular
+    mu, sigma = np.arange(8.0), root.T @ root
+    assert abs(frechet_distance(mu, sigma, mu, sigma)) < 1e-6
+
+
+def test_commuting_covariances_have_the_closed_form() -> None:
+    rng = np.random.default_rng(1)
+    basis, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+    a, b = rng.uniform(0.1, 4, 6), rng.uniform(0.1, 4, 6)
+    shift = rng.normal(size=6)
+    expected = (shift**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    measured = frechet_distance(np.zeros(6), basis @ np.diag(a) @ basis.T, shift, basis @ np.diag(b) @ basis.T)
+    np.testing.assert_allclose(measured, expected, rtol=1e-10)
+
+
+def test_streaming_statistics_equal_those_of_all_rows_at_once() -> None:
+    rows = torch.randn(500, 7, dtype=torch.float64) * 3 + 1
+    gathered = FeatureStatistics(7)
+    for part in rows.split(37):
+        gathered.update(part)
+    np.testing.assert_allclose(gathered.mean, rows.mean(0).numpy(), rtol=1e-10)
+    np.testing.assert_allclose(gathered.covariance, np.cov(rows.numpy(), rowvar=False), rtol=1e-9)
+
+
+def test_weights_count_rows_as_often_as_they_say() -> None:
+    rows = torch.randn(20, 3, dtype=torch.float64)
+    weighted, repeated = FeatureStatistics(3), FeatureStatistics(3)
+    weighted.update(rows, torch.arange(1, 21).double())
+    repeated.update(rows.repeat_interleave(torch.arange(1, 21), dim=0))
+    np.testing.assert_allclose(weighted.mean, repeated.mean, rtol=1e-10)
+
+
+def test_fd_emoji_grows_with_damage_to_the_pictures() -> None:
+    folder = ROOT / "pretrained_models" / "emoji"
+    network, reference = load_extractor(folder), load_reference(folder)
+    with np.load(ROOT / "assets" / "emoji" / "sample64.npz") as sample:
+        images = torch.from_numpy(sample["image"]).permute(0, 3, 1, 2)
+    blurred = torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2, count_include_pad=False).to(torch.uint8)
+    clean, damaged, noise = (fd_emoji(gather(network, x), reference["train"]) for x in (images, blurred, torch.randint_like(images, 256)))
+    assert clean < damaged < noise

@@ -1,0 +1,171 @@
+"""The scripts as a user runs them, on the bundled emoji models: what they write, and what they answer to bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit import sample as sample_script
+from dit import sample_t_stitch
+from tstitch.cli import run
+from tstitch.presets import ROOT
+from tstitch.schedule import StitchSchedule
+
+QUICK = ["--preset", "emoji", "--num-sampling-steps", "2", "--class-labels", "0", "8", "--device", "cpu"]
+
+
+def test_all_tradeoffs_writes_a_grid_and_a_table_of_eleven_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sample_t_stitch.main([*QUICK, "--all_tradeoffs", "--save_dir", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [StitchSchedule.from_json(row["schedule"]).fractions[0] for row in results["rows"]] == [k / 10 for k in range(11)]
+    assert [row["steps"] for row in results["rows"]] == [[int(k / 5), 2 - int(k / 5)] for k in range(11)]
+    assert results["rows"][0]["speed_up"] == 1 and results["rows"][-1]["speed_up"] > 1
+    assert results["settings"]["num_steps"] == 2 and results["seeds"] == [0, 1]
+    assert all(row["fd_emoji"] is None for row in results["rows"])  # measured at other settings, so not shown beside these
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.std() > 20
+    assert "| S:100 |" in capsys.readouterr().out.replace("  ", "")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_same_seed_gives_the_same_picture_alone_and_in_company(tmp_path: Path) -> None:
+    def cells(name: str, *arguments: str) -> np.ndarray:
+        sample_script.main(["--preset", "emoji", "--num-sampling-steps", "3", "--device", "cpu", "--save_dir", str(tmp_path / name), *arguments])
+        return np.asarray(Image.open(tmp_path / name / "sample.png").convert("RGB"))
+
+    company = cells("company", "--class-labels", "0", "8", "--seed", "3")
+    alone = cells("alone", "--class-labels", "8", "--seed", "4")
+    width = alone.shape[1] - 8 - 4
+    difference = company[-width - 4 : -4, -width - 4 : -4].astype(int) - alone[-width - 4 : -4, -width - 4 : -4]
+    assert np.abs(difference).max() <= 1  # the last bit of float32 may turn one grey level
+
+
+def test_three_models_share_a_trajectory(tmp_path: Path) -> None:
+    sample_t_stitch.main(
+        ["--preset", "emoji", "--num-sampling-steps", "5", "--three_combo", "0.4", "0.2", "0.4", "--device", "cpu", "--save_dir", str(tmp_path)]
+    )
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (row["schedule_name"], row["steps"]) == ("S:40 B:20 L:40", [2, 1, 2])
+    assert Image.open(tmp_path / "grid.png").size[0] > 200
+
+
+def truncated(tmp_path: Path) -> str:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes((ROOT / "pretrained_models/emoji/dit-small.safetensors").read_bytes()[:100_000])
+    return str(path)
+
+
+BAD_INPUT = {
+    "ratio": (["--ratio", "1.2"], "ratio must lie in [0, 1]"),
+    "fractions": (["--three_combo", "0.4", "0.4", "0.4"], "sum to 1.2, expected 1"),
+    "preset": (["--preset", "emojis"], "choose from emoji, imagenet256"),
+    "labels": (["--class-labels", "9"], "choose from 0..8"),
+    "no steps": (["--num-sampling-steps", "0"], "must lie in 1..1000"),
+    "too many steps": (["--num-sampling-steps", "1001"], "must lie in 1..1000"),
+    "image size": (["--image-size", "63"], "not divisible by 4"),
+    "other image size": (["--image-size", "128"], "was trained for 64x64"),
+    "classes": (["--num-classes", "10"], "was trained for 9 classes"),
+    "solver": (["--solver", "dimm"], "choose from ddpm, ddim, dpm++"),
+    "missing checkpoint": (["--s_ckpt", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    "truncated checkpoint": (["--s_ckpt", truncated], "truncated"),
+    "not a checkpoint": (["--xl_ckpt", str(ROOT / "Makefile")], "Makefile"),
+    "no weights": (["--preset", "imagenet256"], "pretrained_models/readme.txt"),
+    "autoencoder": (["--vae", "pretrained_models/nowhere"], "--vae"),
+    "device": (["--device", "cuda:99"], "not available"),
+    "number of images": (["--num-images", "0"], "at least 1"),
+    "seed": (["--seed", "-1"], "must not be negative"),
+    "guidance channels": (["--cfg-channels", "some"], "number or 'all'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_sentence_exit_code_2_and_no_file(tmp_path: Path, capsys: pytest.CaptureFixture, case: str) -> None:
+    arguments, says = BAD_INPUT[case]
+    arguments = [a(tmp_path) if callable(a) else a for a in arguments]
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: sample_t_stitch.main([*QUICK, "--save_dir", str(out), *arguments]))
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert error.startswith("error: ") and "\n" not in error and says in error
+    assert not out.exists()
+
+
+def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from conftest import tiny_dit
+
+    from tstitch.checkpoints import save_weights
+
+    model = tiny_dit(1)  # 8x8 latents, 10 classes
+    save_weights(tmp_path / "tiny.safetensors", model.state_dict(), model.config)
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: sample_t_stitch.main([*QUICK, "--save_dir", str(tmp_path / "out"), "--s_ckpt", str(tmp_path / "tiny.safetensors")]))
+    assert stopped.value.code == 2 and "trained for 32x32 pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--rato", "--all_tradeoff", "--steps"])
+def test_unknown_and_abbreviated_flags_are_errors(flag: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        sample_t_stitch.main([flag])
+    assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "dit"], ids=["repository", "dit"])
+def test_scripts_run_from_the_root_and_from_their_folder(folder: Path) -> None:
+    script = (ROOT / "dit" / "sample_t_stitch.py").relative_to(folder)
+    done = subprocess.run([sys.executable, str(script), "--help"], cwd=folder, capture_output=True, text=True, check=True)
+    assert "--three_combo SMALL BASE LARGE" in done.stdout
+
+
+def test_the_dataset_recipe_composes_on_white_and_holds_out_whole_emoji(tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    from assets.emoji import build_dataset
+    from assets.emoji.emoji_data import load_drawings
+
+    def package(name: str) -> Path:
+        buffer = io.BytesIO()
+        picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+        picture.paste((255, 0, 0, 255), (0, 0, 32, 64))
+        picture.save(buffer, "PNG")
+        emoji = [
+            {"name": f"E{k}", "short_name": f"e{k}", "unified": f"{k:X}", "image": f"{k:x}.png", "category": category,
+             "skin_variations": {"1F3FB": {"image": f"{k:x}-tone.png"}}}
+            for k, category in enumerate(["Objects", "Flags", "Component"] * 12)
+        ]  # fmt: skip
+        files = {"package/emoji.json": json.dumps(emoji).encode()}
+        files |= {f"package/img/{name}/64/{e}": buffer.getvalue() for k in range(36) for e in (f"{k:x}.png", f"{k:x}-tone.png")}
+        with tarfile.open(tmp_path / f"{name}.tgz", "w:gz") as archive:
+            for path, content in files.items():
+                info = tarfile.TarInfo(path)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        return tmp_path / f"{name}.tgz"
+
+    tarballs = [f"{name}={package(name)}" for name in ("google", "twitter")]
+    build_dataset.main(["--out", str(tmp_path / "emoji.npz"), "--tarballs", *tarballs])
+    train, held_out = load_drawings(tmp_path / "emoji.npz", held_out=False), load_drawings(tmp_path / "emoji.npz", held_out=True)
+    assert len(train.labels) + len(held_out.labels) == 24 * 2 * 2
+    assert 0 < len(held_out.labels) < 24 and not set(train.names) & set(held_out.names)
+    assert set(train.labels.tolist()) == {6, 8}
+    assert train.images[0, :, 0, 0].tolist() == [255, 0, 0] and train.images[0, :, 0, 63].tolist() == [255, 255, 255]
+
+
+def test_the_results_table_is_shown_only_beside_its_own_settings(tmp_path: Path) -> None:
+    from tstitch.results import quality_by_schedule
+
+    schedule = StitchSchedule.from_ratio(0.3)
+    table = {"settings": {"num_steps": 20, "solver": "DDIM"}, "rows": [{"schedule": schedule.to_json(), "fd_emoji": 1.5}]}
+    (tmp_path / "r.json").write_text(json.dumps(table))
+    assert quality_by_schedule(tmp_path / "r.json", {"num_steps": 20}) == {schedule.to_json(): 1.5}
+    assert quality_by_schedule(tmp_path / "r.json", {"num_steps": 10}) == {}
+    assert quality_by_schedule(None, {}) == {}
+    shutil.rmtree(tmp_path)
