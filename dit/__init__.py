@@ -1,0 +1,1 @@
+"""The DiT backbone: models, training and sampling scripts."""

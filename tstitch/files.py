@@ -25,7 +25,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         # The rename itself is durable only once the folder is on disk.
         folder = os.open(path.parent, os.O_RDONLY)
         try:

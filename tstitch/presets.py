@@ -61,20 +61,31 @@ def _imagenet(size: int) -> Preset:
 
 
 _EMOJI = ROOT / "pretrained_models" / "emoji"
+_EMOJI_FILES = tuple(
+    DenoiserFile(letter, f"emoji-{size}", _EMOJI / f"dit-{size}.safetensors") for letter, size in (("S", "small"), ("B", "base"), ("L", "large"))
+)
 
 PRESETS = {
     preset.name: preset
     for preset in (
         Preset(
-            "emoji", 64, len(EMOJI_CLASSES),
-            tuple(DenoiserFile(letter, f"emoji-{size}", _EMOJI / f"dit-{size}.safetensors") for letter, size in (("S", "small"), ("B", "base"), ("L", "large"))),
-            vae=str(_EMOJI / "vae"), downsampling=4, labels=(0, 1, 2, 3, 4, 6, 7, 8), class_names=EMOJI_CLASSES,
-            num_sampling_steps=20, cfg_scale=2.0, cfg_channels=None, results=_EMOJI / "dit_results.json",
+            name="emoji",
+            image_size=64,
+            num_classes=len(EMOJI_CLASSES),
+            denoisers=_EMOJI_FILES,
+            vae=str(_EMOJI / "vae"),
+            downsampling=4,
+            labels=(0, 1, 2, 3, 4, 6, 7, 8),
+            class_names=EMOJI_CLASSES,
+            num_sampling_steps=20,
+            cfg_scale=2.0,
+            cfg_channels=None,
+            results=_EMOJI / "dit_results.json",
         ),
         _imagenet(256),
         _imagenet(512),
     )
-}  # fmt: skip
+}
 
 
 def get_preset(name: str) -> Preset:
