@@ -96,9 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.save_dir or Path("figures") / f"seed_{args.seed}"
     names = [plan.preset.class_name(label) for label in plan.labels.tolist()]
     if len(schedules) == 1:
-        grid = contact_sheet(images[:, 0], f"{rows[0]['schedule_name']}, {rows[0]['seconds_per_image']:.2f} s per image")
+        grid = contact_sheet(images[:, 0], f"{rows[0]['name']}, {rows[0]['seconds_per_image']:.2f} s per image")
     else:
-        grid = image_grid(images, [f"{row['schedule_name']}\n{row['seconds_per_image']:.2f} s" for row in rows], names)
+        grid = image_grid(images, [f"{row['name']}\n{row['seconds_per_image']:.2f} s" for row in rows], names)
     save_image(folder / "grid.png", grid)
     if len(schedules) > 1 and all(row["fd_emoji"] is not None for row in rows):
         points = [(row["seconds_per_image"], row["fd_emoji"], f"{row['schedule'].fractions[0]:g}") for row in rows]
@@ -124,17 +124,27 @@ def report(plan: SamplingPlan, schedules: list[StitchSchedule], letters: list[st
     rows = []
     for schedule in schedules:
         legs = schedule.legs(plan.solver.num_steps, timesteps=plan.solver.timesteps)
-        steps = [sum(leg.stop - leg.start for leg in legs if leg.denoiser == k) for k in range(len(letters))]
         seconds = predict_seconds(schedule, plan.solver, step_seconds) + decode_seconds
-        rows.append({
-            "schedule": schedule, "schedule_name": schedule.describe(letters), "steps": steps, "seconds_per_image": seconds / n,
-            "speed_up": alone / seconds, "fd_emoji": quality.get(schedule.to_json()),
-        })  # fmt: skip
+        rows.append(
+            {
+                "schedule": schedule,
+                "name": f"ratio {schedule.fractions[0]:g}" if len(letters) == 2 else schedule.describe(letters),
+                "steps": [sum(leg.stop - leg.start for leg in legs if leg.denoiser == k) for k in range(len(letters))],
+                "seconds_per_image": seconds / n,
+                "speed_up": alone / seconds,
+                "fd_emoji": quality.get(schedule.to_json()),
+            }
+        )
     table = [
-        [row["schedule_name"], "/".join(map(str, row["steps"])), f"{row['seconds_per_image']:.3f}", f"{row['speed_up']:.2f}",
-         "-" if row["fd_emoji"] is None else f"{row['fd_emoji']:.2f}"]
+        [
+            row["name"],
+            "/".join(map(str, row["steps"])),
+            f"{row['seconds_per_image']:.3f}",
+            f"{row['speed_up']:.2f}",
+            "-" if row["fd_emoji"] is None else f"{row['fd_emoji']:.2f}",
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     print(markdown_table(["schedule", f"steps {'/'.join(letters)}", "seconds per image", "speed-up", "FD-emoji"], table))
     return rows
 

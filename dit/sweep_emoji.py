@@ -30,6 +30,7 @@ from tstitch.files import atomic_path, read_json, write_json
 from tstitch.metrics import FeatureStatistics
 from tstitch.metrics.emoji import EmojiFeatures, fd_emoji, gather, load_extractor, load_reference
 from tstitch.noise import SampleNoise
+from tstitch.plots import plot_tradeoff
 from tstitch.presets import ROOT
 from tstitch.results import markdown_table
 from tstitch.schedule import StitchSchedule, two_way_ratios
@@ -123,7 +124,7 @@ def measure(plan: SamplingPlan, denoisers: list) -> list[float]:
 def write_table(
     path: Path, plan: SamplingPlan, config: dict, schedules: list[StitchSchedule], quality: list[dict[str, float]], step_seconds: list[float]
 ) -> None:
-    """Write the results file and print it as a table."""
+    """Write the results file and its picture, and print the table."""
     letters = [file.letter for file in plan.preset.denoisers]
     large = plan.solver.num_steps * step_seconds[-1]
     rows = []
@@ -139,6 +140,14 @@ def write_table(
         "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": str(plan.device), "step_seconds_of_8_images": step_seconds, "rows": rows,
     })  # fmt: skip
     table = [[r["name"], f"{r['speed_up']:.2f}", f"{r['fd_emoji']:.2f}", f"{100 * r['fd_relative']:+.1f} %", f"{r['fd_emoji_held_out']:.2f}"] for r in rows]
+    curves = {"small, large": rows[:11], "small, base, large": rows[11:]}
+    plot_tradeoff(
+        path.with_suffix(".png"),
+        {name: [(1 / r["speed_up"], r["fd_emoji"], r["name"]) for r in part] for name, part in curves.items()},
+        xlabel="cost relative to the large model alone",
+        ylabel="FD-emoji (comparable only with itself)",
+        lines=["small, large"],
+    )
     print(markdown_table(["schedule", "speed-up", "FD-emoji", "against large alone", "FD-emoji, held-out reference"], table))
 
 

@@ -31,7 +31,7 @@ def test_all_tradeoffs_writes_a_grid_and_a_table_of_eleven_rows(tmp_path: Path, 
     assert all(row["fd_emoji"] is None for row in results["rows"])  # measured at other settings, so not shown beside these
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.std() > 20
-    assert "| S:100 |" in capsys.readouterr().out.replace("  ", "")
+    assert "| ratio 0.9 |" in capsys.readouterr().out
     assert not list(tmp_path.glob(".*"))
 
 
@@ -52,7 +52,7 @@ def test_three_models_share_a_trajectory(tmp_path: Path) -> None:
         ["--preset", "emoji", "--num-sampling-steps", "5", "--three_combo", "0.4", "0.2", "0.4", "--device", "cpu", "--save_dir", str(tmp_path)]
     )
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert (row["schedule_name"], row["steps"]) == ("S:40 B:20 L:40", [2, 1, 2])
+    assert (row["name"], row["steps"]) == ("S:40 B:20 L:40", [2, 1, 2])
     assert Image.open(tmp_path / "grid.png").size[0] > 200
 
 

@@ -69,18 +69,21 @@ def contact_sheet(images: Tensor, header: str = "", columns: int = 4) -> Image.I
     return image_grid(torch.cat([images, blank]).unflatten(0, (-1, columns)), [header, *[""] * (columns - 1)])
 
 
-def plot_tradeoff(path: Path, curves: dict[str, list[tuple[float, float, str]]], *, xlabel: str, ylabel: str, title: str = "") -> None:
+def plot_tradeoff(
+    path: Path, curves: dict[str, list[tuple[float, float, str]]], *, xlabel: str, ylabel: str, title: str = "", lines: Sequence[str] | None = None
+) -> None:
     """Draw quality against cost.
 
     Args:
-        curves: name -> points (cost, quality, short label); a name that starts with a dot is drawn as points without a line.
+        curves: name -> points (cost, quality, short label).
+        lines: names whose points are joined by a line; None joins all.
     """
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, points in curves.items():
-        x, y = [p[0] for p in points], [p[1] for p in points]
-        axes.plot(x, y, "o" if name.startswith(".") else "o-", label=name.lstrip("."), markersize=5, linewidth=1.5)
+        joined = lines is None or name in lines
+        axes.plot([p[0] for p in points], [p[1] for p in points], "o-" if joined else "D", label=name, markersize=5, linewidth=1.5)
         for cost, quality, label in points:
-            axes.annotate(label, (cost, quality), textcoords="offset points", xytext=(4, 5), fontsize=8)
+            axes.annotate(label, (cost, quality), textcoords="offset points", xytext=(4, 5), fontsize=7)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

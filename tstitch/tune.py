@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tstitch.guidance import Denoiser, Guidance
 from tstitch.sampling import guidance_for_each, model_output, plan_legs
@@ -40,7 +41,7 @@ def measure_step_seconds(
     guidances = guidance_for_each(guidance, len(denoisers))
     middle = solver.num_steps // 2
     seconds: list[list[float]] = [[] for _ in denoisers]
-    for repeat in range(repeats + 1):
+    for repeat in tqdm(range(repeats + 1), desc="measuring step times", unit="round"):
         for k, (denoiser, guide) in enumerate(zip(denoisers, guidances, strict=True)):
             wait_for(x.device)
             start = time.perf_counter()
