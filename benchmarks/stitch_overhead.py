@@ -21,7 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
-from tstitch.cli import add_sampling_args, new_parser, run, sampling_plan
+from tstitch.cli import add_sampling_args, new_parser, positive_int, run, sampling_plan
 from tstitch.files import write_json
 from tstitch.results import markdown_table
 from tstitch.sampling import sample
@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.4, 0.5, 0.6, 0.8], help="shares of the small model, each 0..1")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds after one that warms up")
+    parser.add_argument("--rounds", type=positive_int, default=7, help="rounds after one that warms up")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     add_sampling_args(parser)
     parser.set_defaults(preset="emoji")

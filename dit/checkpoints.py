@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dit.models import DiT, DiT_models
 from tstitch.checkpoints import load_strict, read_weights
 from tstitch.cli import SamplingPlan
@@ -39,19 +41,25 @@ def load_dit(path: str | Path, name: str | None = None, **arguments: Any) -> DiT
 
     Args:
         path: safetensors of ours, whose header says what the model is, or a published .pt.
-        name: model size for a file that does not say.
-        arguments: input_size, num_classes and so on for such a file.
+        name: model size; needed for a file that does not say, checked against one that does.
+        arguments: input_size, num_classes and so on for a file that does not say.
 
     Raises:
-        InputError: if the file cannot be read, says nothing and no name is given, or does not fit.
+        InputError: if the file cannot be read, is of another size than `name`, says nothing and no name is given, or does not fit.
     """
     state, config = read_weights(path)
-    if config:
-        model = DiT(**config)
-    elif name is not None:
-        model = build_dit(name, **arguments)
-    else:
+    if not config and name is None:
         raise InputError(f"{path} does not say which model it is; name its size")
+    try:
+        model = DiT(**config) if config else build_dit(name, **arguments)
+    except TypeError:
+        raise InputError(f"{path} is not a DiT: its header has {', '.join(sorted(config))}; pass a file that dit/train.py exported") from None
+    if config and name is not None:
+        with torch.device("meta"):
+            wanted = build_dit(name).config
+        differ = [f"{key} {config[key]}, {name} has {wanted[key]}" for key in ("patch_size", "hidden_size", "depth", "num_heads") if config[key] != wanted[key]]
+        if differ:
+            raise InputError(f"{path} is a model of another size ({'; '.join(differ)}); pass weights of {name}")
     load_strict(model, state, path)
     return model.eval()
 
@@ -70,5 +78,7 @@ def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile]) -> list[Di
             raise InputError(f"{file.path} was trained for {trained}x{trained} pictures, not {plan.image_size}x{plan.image_size}; pass --image-size {trained}")
         if model.num_classes != plan.num_classes:
             raise InputError(f"{file.path} was trained for {model.num_classes} classes, not {plan.num_classes}; pass --num-classes {model.num_classes}")
+        if plan.guidance.scale != 1 and model.config["class_dropout_prob"] == 0:
+            raise InputError(f"{file.path} was trained without label dropout and has no null label to guide from; pass --cfg-scale 1")
         denoisers.append(model.to(plan.device, plan.dtype))
     return denoisers

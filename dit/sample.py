@@ -16,13 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import DIT_CONFIGS, load_denoisers
 from tstitch.autoencoder import Autoencoder
+from tstitch.checkpoints import file_hash
 from tstitch.cli import add_sampling_args, new_parser, run, sampling_plan
 from tstitch.errors import InputError
-from tstitch.files import write_json
+from tstitch.files import check_folder, write_json
 from tstitch.plots import contact_sheet, save_image
 from tstitch.presets import DenoiserFile
-from tstitch.sampling import sample
 from tstitch.schedule import StitchSchedule
+from tstitch.sweep import sample_many
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,19 +47,29 @@ def main(argv: list[str] | None = None) -> None:
     if args.ckpt is None and name not in known:
         raise InputError(f"preset {plan.preset.name} has no weights for {name}; pass --ckpt, or choose from {', '.join(known)}")
     file = known[name] if args.ckpt is None else DenoiserFile(name, name, args.ckpt)
+    check_folder(args.save_dir)
     (denoiser,) = load_denoisers(plan, [file])
     autoencoder = Autoencoder(plan.vae, plan.device)
+    autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
 
     with tqdm(total=plan.solver.num_steps, desc=name, unit="step") as bar:
-        latents = sample(
-            [denoiser], plan.noise.latents(denoiser.latent_shape, plan.device), plan.labels.to(plan.device), schedule=StitchSchedule((1.0,)),
+        (latents,) = sample_many(
+            [denoiser], plan.noise.latents(denoiser.latent_shape, plan.device), plan.labels.to(plan.device), schedules=[StitchSchedule((1.0,))],
             solver=plan.solver, guidance=plan.guidance, noise=plan.noise, callback=lambda _: bar.update(),
         )  # fmt: skip
     images = autoencoder.decode(latents)
     save_image(args.save_dir / "sample.png", contact_sheet(images))
-    write_json(args.save_dir / "config.json", {
-        "model": name, "checkpoint": file.path.name, "settings": plan.settings, "seeds": plan.noise.seeds, "labels": plan.labels.tolist(), "dtype": args.dtype,
-    })  # fmt: skip
+    write_json(
+        args.save_dir / "config.json",
+        {
+            "model": name,
+            "weights": file_hash(file.path),
+            "settings": plan.settings,
+            "seeds": plan.noise.seeds,
+            "labels": plan.labels.tolist(),
+            "dtype": args.dtype,
+        },
+    )
     print(f"wrote {args.save_dir / 'sample.png'}")
 
 

@@ -4,7 +4,7 @@
     python dit/sample_t_stitch.py --preset emoji --three_combo 0.4 0.2 0.4  # small 40 %, base 20 %, large 40 % of the steps
     python dit/sample_t_stitch.py --ratio 0.4 --s_ckpt dit_s.pt --xl_ckpt DiT-XL-2-256x256.pt
 
-Writes grid.png (rows labels, columns schedules), results.json and, with several schedules, tradeoff.png. All schedules start from the same noise. The
+Writes grid.png (rows labels, columns schedules), results.json and, where the quality is known, tradeoff.png. All schedules start from the same noise. The
 seconds are those of each schedule alone: steps times the step times of the denoisers, measured here, plus decoding.
 """
 
@@ -15,21 +15,25 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
+from dit.models import DiT
 from tstitch.autoencoder import Autoencoder
+from tstitch.checkpoints import file_hash
 from tstitch.cli import SamplingPlan, add_sampling_args, new_parser, run, sampling_plan
-from tstitch.files import write_json
+from tstitch.files import check_folder, write_json
+from tstitch.noise import SampleNoise
 from tstitch.plots import contact_sheet, image_grid, plot_tradeoff, save_image
 from tstitch.presets import DenoiserFile
 from tstitch.results import markdown_table, quality_by_schedule
-from tstitch.sampling import Progress
-from tstitch.schedule import RULES, StitchSchedule, two_way_ratios
+from tstitch.schedule import RULES, StitchSchedule, steps_by_denoiser, two_way_ratios
 from tstitch.sweep import count_evaluations, sample_many
 from tstitch.tune import measure_step_seconds, predict_seconds
 
@@ -44,7 +48,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--switch-by", choices=RULES[:2], default="step", help="share of the steps, or of the training timesteps (the published DiT rule)")
     for flag, size in (("s", "small"), ("b", "base"), ("xl", "large")):
         parser.add_argument(f"--{flag}_ckpt", type=Path, help=f"weights of the {size} model (default: the preset's)")
-    parser.add_argument("--max-batch", type=int, default=64, help="most pictures in one denoiser call")
     parser.add_argument("--save_dir", type=Path, help="folder to write (default: figures/seed_SEED)")
     add_sampling_args(parser)
     return parser.parse_args(argv)
@@ -72,72 +75,104 @@ def main(argv: list[str] | None = None) -> None:
     schedules = choose_schedules(args)
     plan = sampling_plan(args)
     files = choose_files(args, plan)
-    letters = [file.letter for file in files]
+    folder = args.save_dir or Path("figures") / f"seed_{args.seed}"
+    check_folder(folder)
     denoisers = load_denoisers(plan, files)
     autoencoder = Autoencoder(plan.vae, plan.device)
+    autoencoder.check_fit(denoisers[0].latent_shape, plan.image_size)
     x_T, y = plan.noise.latents(denoisers[0].latent_shape, plan.device), plan.labels.to(plan.device)
 
-    step_seconds = measure_step_seconds(denoisers, x_T, y, solver=plan.solver, guidance=plan.guidance)
+    n = min(len(y), args.max_batch)
+    measured = measure_step_seconds(denoisers, x_T[:n], y[:n], solver=plan.solver, guidance=plan.guidance, noise=SampleNoise(plan.noise.seeds[:n]))
+    step_seconds = [seconds * len(y) / n for seconds in measured]
+    latents = sample_with_progress(args, plan, denoisers, x_T, y, schedules, step_seconds)
+    images, decode_seconds = decode(autoencoder, latents)
+
+    weights = {file.letter: file_hash(file.path) for file in files}
+    if autoencoder.weights.exists():
+        weights["vae"] = file_hash(autoencoder.weights)
+    rows = make_rows(plan, schedules, [file.letter for file in files], step_seconds, decode_seconds, weights)
+    print_table(rows, files)
+    save(folder, plan, rows, images, files)
+    write_json(
+        folder / "results.json",
+        {
+            "settings": plan.settings,
+            "seeds": plan.noise.seeds,
+            "labels": plan.labels.tolist(),
+            "weights": weights,
+            "dtype": args.dtype,
+            "device": str(plan.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "step_seconds": dict(zip((file.letter for file in files), step_seconds, strict=True)),
+            "decode_seconds": decode_seconds,
+            "rows": rows,
+        },
+    )
+    print(f"wrote {folder}")
+
+
+def sample_with_progress(
+    args: argparse.Namespace, plan: SamplingPlan, denoisers: list[DiT], x_T: Tensor, y: Tensor, schedules: list[StitchSchedule], step_seconds: list[float]
+) -> list[Tensor]:
+    """Latents (N, C, h, w) of each schedule; the bar counts seconds of work, so that its ETA knows which steps are dear."""
     work = sum(n * s for n, s in zip(count_evaluations(schedules, plan.solver, len(denoisers)), step_seconds, strict=True))
-    with tqdm(total=round(work, 1), desc="sampling", unit="s of work") as bar:
+    with tqdm(total=round(work, 2), desc="sampling", unit="s of work", bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} s of work [{elapsed}<{remaining}]") as bar:
+        return sample_many(
+            denoisers,
+            x_T,
+            y,
+            schedules=schedules,
+            solver=plan.solver,
+            guidance=plan.guidance,
+            noise=plan.noise,
+            max_batch=args.max_batch,
+            callback=lambda progress: bar.update(step_seconds[progress.denoiser] * len(progress.x) / len(y)),
+        )
 
-        def advance(progress: Progress) -> None:
-            bar.update(step_seconds[progress.denoiser] * len(progress.x) / len(x_T))
 
-        latents = sample_many(
-            denoisers, x_T, y, schedules=schedules, solver=plan.solver, guidance=plan.guidance, noise=plan.noise,
-            max_batch=args.max_batch, callback=advance,
-        )  # fmt: skip
+def decode(autoencoder: Autoencoder, latents: list[Tensor]) -> tuple[Tensor, float]:
+    """Pictures uint8 (N, schedules, 3, H, W), and seconds to decode one schedule's."""
+    autoencoder.decode(latents[0][:1])  # the first call prepares kernels
     start = time.perf_counter()
     images = torch.stack([autoencoder.decode(x) for x in tqdm(latents, desc="decoding", unit="schedule")], dim=1)
-    decode_seconds = (time.perf_counter() - start) / len(schedules)
-
-    rows = report(plan, schedules, letters, step_seconds, decode_seconds)
-    folder = args.save_dir or Path("figures") / f"seed_{args.seed}"
-    names = [plan.preset.class_name(label) for label in plan.labels.tolist()]
-    if len(schedules) == 1:
-        grid = contact_sheet(images[:, 0], f"{rows[0]['name']}, {rows[0]['seconds_per_image']:.2f} s per image")
-    else:
-        grid = image_grid(images, [f"{row['name']}\n{row['seconds_per_image']:.2f} s" for row in rows], names)
-    save_image(folder / "grid.png", grid)
-    if len(schedules) > 1 and all(row["fd_emoji"] is not None for row in rows):
-        points = [(row["seconds_per_image"], row["fd_emoji"], f"{row['schedule'].fractions[0]:g}") for row in rows]
-        plot_tradeoff(
-            folder / "tradeoff.png", {"ratio of small steps": points}, xlabel="seconds per image on this machine",
-            ylabel="FD-emoji (comparable only with itself)", title=f"{' + '.join(f.model for f in files)}, {plan.solver.num_steps} steps",
-        )  # fmt: skip
-    seconds = dict(zip(letters, step_seconds, strict=True))
-    write_json(folder / "results.json", {
-        "settings": plan.settings, "seeds": plan.noise.seeds, "labels": plan.labels.tolist(), "checkpoints": [str(f.path.name) for f in files],
-        "dtype": args.dtype, "device": str(plan.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "step_seconds": seconds, "decode_seconds": decode_seconds,
-        "rows": [row | {"schedule": row["schedule"].to_json()} for row in rows],
-    })  # fmt: skip
-    print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
+    return images, (time.perf_counter() - start) / len(latents)
 
 
-def report(plan: SamplingPlan, schedules: list[StitchSchedule], letters: list[str], step_seconds: list[float], decode_seconds: float) -> list[dict]:
-    """One row for each schedule, printed as a table; the speed-up is against the largest model alone."""
-    n = len(plan.labels)
+def make_rows(
+    plan: SamplingPlan,
+    schedules: list[StitchSchedule],
+    letters: list[str],
+    step_seconds: list[float],
+    decode_seconds: float,
+    weights: dict[str, str],
+) -> list[dict[str, Any]]:
+    """One row for each schedule; the speed-up is against the largest model alone, decoding included."""
     alone = plan.solver.num_steps * step_seconds[-1] + decode_seconds
-    quality = quality_by_schedule(plan.preset.results, plan.settings)
+    quality = quality_by_schedule(plan.preset.results, plan.settings, weights)
     rows = []
     for schedule in schedules:
-        legs = schedule.legs(plan.solver.num_steps, timesteps=plan.solver.timesteps)
         seconds = predict_seconds(schedule, plan.solver, step_seconds) + decode_seconds
         rows.append(
             {
-                "schedule": schedule,
-                "name": f"ratio {schedule.fractions[0]:g}" if len(letters) == 2 else schedule.describe(letters),
-                "steps": [sum(leg.stop - leg.start for leg in legs if leg.denoiser == k) for k in range(len(letters))],
-                "seconds_per_image": seconds / n,
+                "schedule": schedule.to_json(),
+                "name": schedule.describe(letters),
+                "ratio": schedule.fractions[0] if len(letters) == 2 else None,
+                "steps": steps_by_denoiser(schedule.legs(plan.solver.num_steps, timesteps=plan.solver.timesteps), len(letters)),
+                "seconds_per_image": seconds / len(plan.labels),
                 "speed_up": alone / seconds,
-                "fd_emoji": quality.get(schedule.to_json()),
+                "fd_emoji": quality.get(schedule.describe(letters)),
             }
         )
-    table = [
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]], files: list[DenoiserFile]) -> None:
+    """Print ratio (or shares), steps of each model, seconds per image, speed-up and quality."""
+    cells = [
         [
-            row["name"],
+            row["name"] if row["ratio"] is None else f"{row['ratio']:.1f}",
             "/".join(map(str, row["steps"])),
             f"{row['seconds_per_image']:.3f}",
             f"{row['speed_up']:.2f}",
@@ -145,8 +180,28 @@ def report(plan: SamplingPlan, schedules: list[StitchSchedule], letters: list[st
         ]
         for row in rows
     ]
-    print(markdown_table(["schedule", f"steps {'/'.join(letters)}", "seconds per image", "speed-up", "FD-emoji"], table))
-    return rows
+    first = "ratio" if len(files) == 2 else "shares"
+    print(markdown_table([first, f"steps {'/'.join(file.letter for file in files)}", "seconds per image", "speed-up", "FD-emoji"], cells))
+
+
+def save(folder: Path, plan: SamplingPlan, rows: list[dict[str, Any]], images: Tensor, files: list[DenoiserFile]) -> None:
+    """Write grid.png, and tradeoff.png where the quality of several schedules is known."""
+    (folder / "tradeoff.png").unlink(missing_ok=True)  # one of an earlier run would not belong to this grid
+    names = [plan.preset.class_name(label) for label in plan.labels.tolist()]
+    titles = [row["name"] if row["ratio"] is None else f"ratio {row['ratio']:g}" for row in rows]
+    if len(rows) == 1:
+        grid = contact_sheet(images[:, 0], f"{titles[0]}, {rows[0]['seconds_per_image']:.2f} s per image")
+    else:
+        grid = image_grid(images, [f"{title}\n{row['seconds_per_image']:.2f} s" for title, row in zip(titles, rows, strict=True)], names)
+    save_image(folder / "grid.png", grid)
+    if len(rows) > 1 and all(row["fd_emoji"] is not None for row in rows):
+        plot_tradeoff(
+            folder / "tradeoff.png",
+            {"small, large": [(row["seconds_per_image"], row["fd_emoji"], title) for title, row in zip(titles, rows, strict=True)]},
+            xlabel="seconds per image on this machine",
+            ylabel="FD-emoji (comparable only with itself)",
+            title=f"{' + '.join(file.model for file in files)}, {plan.solver.num_steps} steps",
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
+from dit.models import DiT
 from tstitch.autoencoder import Autoencoder
-from tstitch.cli import SamplingPlan, add_sampling_args, new_parser, run, sampling_plan
+from tstitch.checkpoints import file_hash
+from tstitch.cli import SamplingPlan, add_sampling_args, new_parser, positive_int, run, sampling_plan
 from tstitch.errors import InputError
-from tstitch.files import atomic_path, read_json, write_json
+from tstitch.files import atomic_path, check_folder, read_json, write_json
 from tstitch.metrics import FeatureStatistics
 from tstitch.metrics.emoji import EmojiFeatures, fd_emoji, gather, load_extractor, load_reference
 from tstitch.noise import SampleNoise
@@ -46,17 +49,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/dit_emoji_sweep.json"), help="results file to write")
     parser.add_argument("--work-dir", type=Path, default=Path("runs/dit-emoji-sweep"), help="where statistics wait for a resume")
-    parser.add_argument("--chunk", type=int, default=50, help="images walked together")
-    parser.add_argument("--max-batch", type=int, default=64, help="most images in one denoiser call")
+    parser.add_argument("--chunk", type=positive_int, default=50, help="images walked together")
     parser.add_argument("--models", type=Path, default=ROOT / "pretrained_models" / "emoji", help="folder of the extractor and its reference")
     add_sampling_args(parser)
     parser.set_defaults(preset="emoji", num_images=2000, class_labels=list(range(9)))
     return parser.parse_args(argv)
-
-
-def two_model(schedule: StitchSchedule) -> StitchSchedule:
-    """A small-large schedule on the list small, base, large."""
-    return StitchSchedule(schedule.fractions, order=(0, 2))
 
 
 def restore(work_dir: Path, config: dict, schedules: list[StitchSchedule]) -> tuple[int, list[FeatureStatistics]]:
@@ -84,71 +81,120 @@ def main(argv: list[str] | None = None) -> None:
     """Walk all schedules over all images, then write the table."""
     args = parse_args(argv)
     plan = sampling_plan(args)
-    schedules = [*map(two_model, two_way_ratios()), *map(StitchSchedule, THREE_MODEL_MIXES)]
+    if len(plan.labels) < 2:
+        raise InputError("FD-emoji needs at least 2 images; pass a larger --num-images")
+    check_folder(args.out.parent)
+    ratios = [StitchSchedule(schedule.fractions, order=(0, 2)) for schedule in two_way_ratios()]  # denoisers 0 and 2 of small, base, large
+    schedules = ratios + [StitchSchedule(shares) for shares in THREE_MODEL_MIXES]
     denoisers = load_denoisers(plan, plan.preset.denoisers)
     autoencoder = Autoencoder(plan.vae, plan.device)
     extractor, reference = load_extractor(args.models, plan.device), load_reference(args.models)
     config = {
-        "settings": plan.settings, "num_images": len(plan.labels), "seed": args.seed, "dtype": args.dtype, "chunk": args.chunk,
-        "schedules": [s.to_json() for s in schedules],
-    }  # fmt: skip
+        "settings": plan.settings,
+        "weights": {file.letter: file_hash(file.path) for file in plan.preset.denoisers}
+        | {"vae": file_hash(autoencoder.weights), "features": file_hash(args.models / "features.safetensors")},
+        "labels": plan.labels.tolist(),
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "chunk": args.chunk,
+        "schedules": [schedule.to_json() for schedule in schedules],
+    }
     done, statistics = restore(args.work_dir, config, schedules)
-
-    def walk(start: int, stop: int) -> list[Tensor]:
-        noise = SampleNoise(plan.noise.seeds[start:stop])
-        return sample_many(
-            denoisers, noise.latents(denoisers[0].latent_shape, plan.device), plan.labels[start:stop].to(plan.device), schedules=schedules,
-            solver=plan.solver, guidance=plan.guidance, noise=noise, max_batch=args.max_batch,
-        )  # fmt: skip
 
     with tqdm(total=len(plan.labels), initial=done, desc=f"{len(schedules)} schedules", unit="image") as bar:
         while done < len(plan.labels):
             stop = min(done + args.chunk, len(plan.labels))
-            for gathered, latents in zip(statistics, walk(done, stop), strict=True):
+            for gathered, latents in zip(statistics, walk(plan, denoisers, schedules, done, stop, args.max_batch), strict=True):
                 gather(extractor, autoencoder.decode(latents), into=gathered)
             bar.update(stop - done)
             done = stop
             store(args.work_dir, done, statistics)
 
-    quality = [{name: fd_emoji(gathered, reference[name]) for name in reference} for gathered in statistics]
-    write_table(args.out, plan, config, schedules, quality, measure(plan, denoisers))
+    rows = make_rows(plan, schedules, statistics, reference, measure(plan, denoisers))
+    write_json(
+        args.out,
+        {key: config[key] for key in ("settings", "weights", "seed", "dtype")}
+        | {
+            "num_images": len(plan.labels),
+            "metric": "FD-emoji: Frechet distance in the features of the bundled extractor; comparable only with itself",
+            "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__,
+            "device": str(plan.device),
+            "rows": rows,
+        },
+    )
+    show(args.out.with_suffix(".png"), rows, len(ratios))
 
 
-def measure(plan: SamplingPlan, denoisers: list) -> list[float]:
+def walk(plan: SamplingPlan, denoisers: list[DiT], schedules: list[StitchSchedule], start: int, stop: int, max_batch: int) -> list[Tensor]:
+    """Latents of images start..stop-1, one tensor (stop - start, C, h, w) for each schedule."""
+    noise = SampleNoise(plan.noise.seeds[start:stop])
+    return sample_many(
+        denoisers,
+        noise.latents(denoisers[0].latent_shape, plan.device),
+        plan.labels[start:stop].to(plan.device),
+        schedules=schedules,
+        solver=plan.solver,
+        guidance=plan.guidance,
+        noise=noise,
+        max_batch=max_batch,
+    )
+
+
+def measure(plan: SamplingPlan, denoisers: list[DiT]) -> list[float]:
     """Seconds of a step of each denoiser, for 8 images."""
     noise = SampleNoise(range(8))
-    x, y = noise.latents(denoisers[0].latent_shape, plan.device), plan.labels[:8].to(plan.device)
-    return measure_step_seconds(denoisers, x, y, solver=plan.solver, guidance=plan.guidance, repeats=15)
+    x, y = noise.latents(denoisers[0].latent_shape, plan.device), torch.arange(8, device=plan.device) % plan.num_classes
+    return measure_step_seconds(denoisers, x, y, solver=plan.solver, guidance=plan.guidance, noise=noise, repeats=15)
 
 
-def write_table(
-    path: Path, plan: SamplingPlan, config: dict, schedules: list[StitchSchedule], quality: list[dict[str, float]], step_seconds: list[float]
-) -> None:
-    """Write the results file and its picture, and print the table."""
+def make_rows(
+    plan: SamplingPlan,
+    schedules: list[StitchSchedule],
+    statistics: list[FeatureStatistics],
+    reference: dict[str, tuple[np.ndarray, np.ndarray]],
+    step_seconds: list[float],
+) -> list[dict[str, Any]]:
+    """One row for each schedule; the first one is the large model alone, which the others are compared with."""
     letters = [file.letter for file in plan.preset.denoisers]
-    large = plan.solver.num_steps * step_seconds[-1]
-    rows = []
-    for schedule, fd in zip(schedules, quality, strict=True):
-        short = StitchSchedule(schedule.fractions) if schedule.order == (0, 2) else schedule  # as the two-model script writes it
-        rows.append({
-            "schedule": short.to_json(), "name": schedule.describe(letters), "speed_up": large / predict_seconds(schedule, plan.solver, step_seconds),
-            "fd_emoji": fd["train"], "fd_emoji_held_out": fd["held_out"], "fd_relative": fd["train"] / quality[0]["train"] - 1,
-        })  # fmt: skip
-    write_json(path, {
-        "settings": plan.settings, "num_images": config["num_images"], "seed": config["seed"], "dtype": config["dtype"],
-        "metric": "FD-emoji: Frechet distance in the features of pretrained_models/emoji/features.safetensors; comparable only with itself",
-        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "device": str(plan.device), "step_seconds_of_8_images": step_seconds, "rows": rows,
-    })  # fmt: skip
-    table = [[r["name"], f"{r['speed_up']:.2f}", f"{r['fd_emoji']:.2f}", f"{100 * r['fd_relative']:+.1f} %", f"{r['fd_emoji_held_out']:.2f}"] for r in rows]
-    curves = {"small, large": rows[:11], "small, base, large": rows[11:]}
+    seconds = [predict_seconds(schedule, plan.solver, step_seconds) for schedule in schedules]
+    quality = [{name: fd_emoji(gathered, reference[name]) for name in reference} for gathered in statistics]
+    return [
+        {
+            "schedule": schedule.to_json(),
+            "name": schedule.describe(letters),
+            "sampling_speed_up": seconds[0] / seconds[k],
+            "fd_emoji": quality[k]["train"],
+            "fd_emoji_held_out": quality[k]["held_out"],
+            "fd_relative": quality[k]["train"] / quality[0]["train"] - 1,
+        }
+        for k, schedule in enumerate(schedules)
+    ]
+
+
+def show(picture: Path, rows: list[dict[str, Any]], num_ratios: int) -> None:
+    """Print the table and draw the front."""
+    cells = [
+        [
+            row["name"],
+            f"{row['sampling_speed_up']:.2f}",
+            f"{row['fd_emoji']:.2f}",
+            f"{100 * row['fd_relative']:+.1f} %",
+            f"{row['fd_emoji_held_out']:.2f}",
+        ]
+        for row in rows
+    ]
+    print(markdown_table(["schedule", "sampling speed-up", "FD-emoji", "against large alone", "FD-emoji, held-out reference"], cells))
     plot_tradeoff(
-        path.with_suffix(".png"),
-        {name: [(1 / r["speed_up"], r["fd_emoji"], r["name"]) for r in part] for name, part in curves.items()},
-        xlabel="cost relative to the large model alone",
+        picture,
+        {
+            name: [(1 / row["sampling_speed_up"], row["fd_emoji"], row["name"]) for row in part]
+            for name, part in (("small, large", rows[:num_ratios]), ("small, base, large", rows[num_ratios:]))
+        },
+        xlabel="cost of sampling relative to the large model alone",
         ylabel="FD-emoji (comparable only with itself)",
         lines=["small, large"],
     )
-    print(markdown_table(["schedule", "speed-up", "FD-emoji", "against large alone", "FD-emoji, held-out reference"], table))
 
 
 if __name__ == "__main__":

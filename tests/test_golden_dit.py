@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, golden_files, load_case
 
 from dit.models import DiT_models
-from tstitch.diffusion import create_diffusion, space_timesteps
+from tstitch.diffusion import create_diffusion, named_betas, space_timesteps
+from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
 from tstitch.sampling import Progress, sample
-from tstitch.schedule import StitchSchedule
+from tstitch.schedule import StitchSchedule, steps_by_denoiser
 from tstitch.solvers import DDIM, DDPM
-
-RESPACING = json.loads((GOLDEN / "respacing.json").read_text())
 
 
 def each(pattern: str):
@@ -100,23 +100,44 @@ def test_bits_per_dimension_equal_the_published_ones(path: Path) -> None:
         torch.testing.assert_close(bpd[name], t[f"out.{name}"], rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("spec", sorted(RESPACING["space_timesteps"]))
-def test_respacing_keeps_the_published_timesteps(spec: str) -> None:
-    assert space_timesteps(1000, spec) == RESPACING["space_timesteps"][spec]
+@each("respacing*.json")
+def test_respacing_and_betas_are_the_published_ones(path: Path) -> None:
+    golden = json.loads(path.read_text())
+    total = golden["num_timesteps"]
+    for spec, kept in golden["space_timesteps"].items():
+        assert space_timesteps(total, spec) == kept, spec
+    for spec, schedule in golden["respaced"].items():
+        diffusion = create_diffusion(spec, diffusion_steps=total)
+        assert diffusion.timestep_map.tolist() == schedule["timestep_map"]
+        ours = {
+            "betas": diffusion.betas, "alphas_cumprod": diffusion.alphas_cumprod, "alphas_cumprod_prev": diffusion.alphas_cumprod_prev,
+            "posterior_variance": diffusion.posterior_variance, "posterior_log_variance_clipped": diffusion.posterior_log_variance_clipped,
+            "posterior_mean_coef1": diffusion.posterior_mean_coef_x0, "posterior_mean_coef2": diffusion.posterior_mean_coef_xt,
+        }  # fmt: skip
+        for name, values in ours.items():
+            np.testing.assert_allclose(values, schedule[name], rtol=1e-12, err_msg=f"{spec} {name}")
+    for name, expected in golden["beta_schedules"].items():
+        betas = named_betas(name, expected["num_diffusion_timesteps"])
+        np.testing.assert_allclose(betas[:5], expected["first5"], rtol=1e-12)
+        np.testing.assert_allclose(betas[-5:], expected["last5"], rtol=1e-12)
+        np.testing.assert_allclose(betas.sum(), expected["sum"], rtol=1e-12)
+    for spec in golden["errors"]:
+        with pytest.raises(InputError):
+            space_timesteps(total, spec)
 
 
-def test_stitching_by_t_counts_the_published_small_steps() -> None:
-    golden = json.loads((GOLDEN / "stitch_index.json").read_text())
-    grids = {n: golden["count_small"][n] for n in golden["count_small"]} | golden["count_small_ddim_spacing_rule_dit"]
+@each("stitch_index*.json")
+def test_stitching_counts_the_published_small_steps_by_both_rules(path: Path) -> None:
+    golden = json.loads(path.read_text())
+    grids = golden["count_small"] | golden["count_small_ddim_spacing_rule_dit"]
     for spec, counts in grids.items():
         timesteps = space_timesteps(1000, spec)[::-1]
         for ratio, expected in counts.items():
             by_t = StitchSchedule.from_ratio(float(ratio), switch_by="t").legs(len(timesteps), timesteps=timesteps)
-            dit = expected["dit"] if isinstance(expected, dict) else expected
-            assert sum(leg.stop - leg.start for leg in by_t if leg.denoiser == 0) == dit, (spec, ratio)
+            assert steps_by_denoiser(by_t, 2)[0] == (expected["dit"] if isinstance(expected, dict) else expected), (spec, ratio)
             if isinstance(expected, dict):
                 by_step = StitchSchedule.from_ratio(float(ratio)).legs(len(timesteps))
-                assert sum(leg.stop - leg.start for leg in by_step if leg.denoiser == 0) == expected["sd"], (spec, ratio)
+                assert steps_by_denoiser(by_step, 2)[0] == expected["sd"], (spec, ratio)
 
 
 def test_state_dict_of_xl_2_has_the_published_keys_shapes_and_order() -> None:

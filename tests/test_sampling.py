@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_dit
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
+from dit.models import attend
 from tstitch.diffusion import GaussianDiffusion, create_diffusion, named_betas
 from tstitch.errors import InputError
 from tstitch.guidance import AutoGuidance, ClassifierFreeGuidance
@@ -67,6 +70,25 @@ def test_solvers_have_their_order(name: str, order: int) -> None:
     errors = [flow_error(SOLVERS[name], list(range(20, 901, stride)), at_data=False) for stride in (20, 10, 5)]
     orders = [math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False)]
     assert all(order - 0.3 < measured < order + 0.6 for measured in orders), orders
+
+
+def test_the_multistep_solver_equals_the_library_s() -> None:
+    diffusion = create_diffusion("12", learn_sigma=False)
+    library = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero")
+    library.set_timesteps(timesteps=DPMSolverPP(diffusion).timesteps)
+    x_T = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, denoiser = x_T, gaussian_eps()
+    for t in library.timesteps:
+        x = library.step(denoiser(x, t.expand(3), None), t, x).prev_sample
+    ours = sample([denoiser], x_T, torch.zeros(3, dtype=torch.long), schedule=StitchSchedule((1.0,)), solver=DPMSolverPP(diffusion))
+    torch.testing.assert_close(ours, x, atol=1e-5, rtol=1e-5)  # the library's tables are float32
+
+
+@pytest.mark.parametrize("length", [16, 64, 256, 320])
+def test_attention_in_bfloat16_is_that_of_float32(length: int) -> None:
+    q, k, v = torch.randn(3, 2, 4, length, 40, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attend(q.bfloat16(), k.bfloat16(), v.bfloat16()).float(), expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim_eta"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +12,13 @@ import pytest
 from PIL import Image
 
 from dit import sample as sample_script
-from dit import sample_t_stitch
-from tstitch.cli import run
-from tstitch.presets import ROOT
-from tstitch.schedule import StitchSchedule
+from dit import sample_t_stitch, sweep_emoji
+from dit.checkpoints import build_dit
+from tstitch.checkpoints import file_hash, save_weights
+from tstitch.cli import run, sampling_plan
+from tstitch.presets import ROOT, get_preset
+from tstitch.results import quality_by_schedule
+from tstitch.schedule import StitchSchedule, two_way_ratios
 
 QUICK = ["--preset", "emoji", "--num-sampling-steps", "2", "--class-labels", "0", "8", "--device", "cpu"]
 
@@ -75,7 +77,10 @@ BAD_INPUT = {
     "solver": (["--solver", "dimm"], "choose from ddpm, ddim, dpm++"),
     "missing checkpoint": (["--s_ckpt", "nowhere.pt"], "no checkpoint at nowhere.pt"),
     "truncated checkpoint": (["--s_ckpt", truncated], "truncated"),
-    "not a checkpoint": (["--xl_ckpt", str(ROOT / "Makefile")], "Makefile"),
+    "not a checkpoint": (["--xl_ckpt", str(ROOT / "Makefile")], "was not loaded"),
+    "another size": (["--s_ckpt", str(ROOT / "pretrained_models/emoji/dit-large.safetensors")], "another size"),
+    "another kind of model": (["--s_ckpt", str(ROOT / "pretrained_models/emoji/features.safetensors")], "is not a DiT"),
+    "guidance": (["--cfg-scale", "nan"], "finite"),
     "no weights": (["--preset", "imagenet256"], "pretrained_models/readme.txt"),
     "autoencoder": (["--vae", "pretrained_models/nowhere"], "--vae"),
     "device": (["--device", "cuda:99"], "not available"),
@@ -98,12 +103,16 @@ def test_bad_input_gets_one_sentence_exit_code_2_and_no_file(tmp_path: Path, cap
     assert not out.exists()
 
 
-def test_a_checkpoint_of_another_size_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    from conftest import tiny_dit
+def test_a_folder_that_cannot_be_written_is_refused_before_sampling(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: sample_t_stitch.main([*QUICK, "--save_dir", str(tmp_path / "file" / "out")]))
+    assert stopped.value.code == 2 and "is a file; choose another folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "in the way"
 
-    from tstitch.checkpoints import save_weights
 
-    model = tiny_dit(1)  # 8x8 latents, 10 classes
+def test_a_checkpoint_for_other_pictures_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = build_dit("emoji-small", input_size=8, num_classes=9)
     save_weights(tmp_path / "tiny.safetensors", model.state_dict(), model.config)
     with pytest.raises(SystemExit) as stopped:
         run(lambda: sample_t_stitch.main([*QUICK, "--save_dir", str(tmp_path / "out"), "--s_ckpt", str(tmp_path / "tiny.safetensors")]))
@@ -159,13 +168,46 @@ def test_the_dataset_recipe_composes_on_white_and_holds_out_whole_emoji(tmp_path
     assert train.images[0, :, 0, 0].tolist() == [255, 0, 0] and train.images[0, :, 0, 63].tolist() == [255, 255, 255]
 
 
-def test_the_results_table_is_shown_only_beside_its_own_settings(tmp_path: Path) -> None:
-    from tstitch.results import quality_by_schedule
+def test_quality_is_shown_beside_its_own_settings_and_weights_alone(tmp_path: Path) -> None:
+    table = {"settings": {"num_steps": 20, "solver": "DDIM"}, "weights": {"S": "aa", "L": "bb"}, "rows": [{"name": "S:30 L:70", "fd_emoji": 1.5}]}
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(table))
+    assert quality_by_schedule(path, {"num_steps": 20}, {"S": "aa", "L": "bb"}) == {"S:30 L:70": 1.5}
+    assert quality_by_schedule(path, {"num_steps": 10}, {"S": "aa", "L": "bb"}) == {}
+    assert quality_by_schedule(path, {"num_steps": 20}, {"S": "aa", "L": "other"}) == {}
+    assert quality_by_schedule(None, {}, {}) == {}
 
-    schedule = StitchSchedule.from_ratio(0.3)
-    table = {"settings": {"num_steps": 20, "solver": "DDIM"}, "rows": [{"schedule": schedule.to_json(), "fd_emoji": 1.5}]}
-    (tmp_path / "r.json").write_text(json.dumps(table))
-    assert quality_by_schedule(tmp_path / "r.json", {"num_steps": 20}) == {schedule.to_json(): 1.5}
-    assert quality_by_schedule(tmp_path / "r.json", {"num_steps": 10}) == {}
-    assert quality_by_schedule(None, {}) == {}
-    shutil.rmtree(tmp_path)
+
+def test_the_shipped_results_belong_to_the_shipped_weights_and_the_demo_s_settings() -> None:
+    preset = get_preset("emoji")
+    args = sample_t_stitch.parse_args(["--preset", "emoji", "--all_tradeoffs"])
+    weights = {file.letter: file_hash(file.path) for file in preset.denoisers} | {"vae": file_hash(Path(preset.vae) / "diffusion_pytorch_model.safetensors")}
+    quality = quality_by_schedule(preset.results, sampling_plan(args).settings, weights)
+    assert {schedule.describe(["S", "L"]) for schedule in two_way_ratios()} <= quality.keys()
+    assert all(value > 0 for value in quality.values())
+
+
+def test_a_sweep_that_was_cut_off_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sweep(name: str) -> list[dict]:
+        out = tmp_path / name / "out.json"
+        sweep_emoji.main([
+            "--num-images", "6", "--chunk", "2", "--num-sampling-steps", "2", "--device", "cpu", "--out", str(out), "--work-dir", str(tmp_path / name / "work"),
+        ])  # fmt: skip
+        assert Image.open(out.with_suffix(".png")).size[0] > 300
+        return [{key: row[key] for key in ("name", "fd_emoji", "fd_emoji_held_out")} for row in json.loads(out.read_text())["rows"]]
+
+    whole = sweep("whole")
+    store, calls = sweep_emoji.store, []
+
+    def dies_after_the_second_chunk(*arguments) -> None:
+        store(*arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_emoji, "store", dies_after_the_second_chunk)
+    with pytest.raises(KeyboardInterrupt):
+        sweep("cut")
+    assert sweep("cut") == whole
+    assert len(calls) == 3
+    assert len(whole) == 11 + len(sweep_emoji.THREE_MODEL_MIXES)

@@ -15,12 +15,16 @@ import pytest
 import torch
 from torch import nn
 
+from assets.emoji.emoji_data import load_drawings
+from assets.emoji.train_vae import build_vae, normalize_latents
 from dit import train
 from dit.checkpoints import load_dit
+from dit.models import LabelEmbedder
 from tstitch.checkpoints import read_weights
-from tstitch.data import FeatureStore, write_features
+from tstitch.data import FeatureStore, class_weights, write_features
 from tstitch.diffusion import create_diffusion
 from tstitch.errors import InputError
+from tstitch.presets import ROOT
 from tstitch.training import EMA, JsonLines, checkpoint_files, cosine_lr, snr_weights, step_seed
 
 
@@ -38,7 +42,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(features: Path, folder: Path, steps: int, *more: str) -> list[str]:
     return [
         "--features-path", str(features), "--model", "emoji-small", "--max-steps", str(steps), "--global-batch-size", "8", "--lr", "1e-3",
-        "--results-dir", str(folder), "--ckpt-every", "2", "--log-every", "2", "--autoresume", *more,
+        "--results-dir", str(folder), "--ckpt-every", "3", "--log-every", "2", "--autoresume", *more,
     ]  # fmt: skip
 
 
@@ -81,6 +85,66 @@ def test_training_learns_and_exports_a_file_that_says_what_it_is(features: Path,
     assert all((tensor.float() - ema[name]).abs().max() <= 1e-3 * ema[name].abs().max() + 1e-6 for name, tensor in model.state_dict().items())
 
 
+def test_a_longer_run_of_constant_learning_rate_goes_on_as_if_it_had_been_meant_so(features: Path, tmp_path: Path) -> None:
+    train.main(arguments(features, tmp_path / "at_once", 7))
+    train.main(arguments(features, tmp_path / "longer", 5))
+    train.main(arguments(features, tmp_path / "longer", 7))
+    at_once, longer = weights_of(tmp_path / "at_once"), weights_of(tmp_path / "longer")
+    assert all(torch.equal(at_once[name], longer[name]) for name in at_once)
+    with pytest.raises(InputError, match="at step 7 already"):
+        train.main(arguments(features, tmp_path / "longer", 6))
+    train.main(arguments(features, tmp_path / "cosine", 3, "--lr-schedule", "cosine"))
+    with pytest.raises(InputError, match="max_steps=3"):
+        train.main(arguments(features, tmp_path / "cosine", 6, "--lr-schedule", "cosine"))
+
+
+def test_labels_are_dropped_in_training_at_the_given_rate_and_never_in_evaluation() -> None:
+    embedder = LabelEmbedder(10, 4, dropout=0.3)
+    y = torch.full((20_000,), 4)
+    null = embedder.embedding_table.weight[10]
+    share = (embedder.train()(y) == null).all(dim=1).float().mean().item()
+    assert abs(share - 0.3) < 0.02
+    assert (embedder.eval()(y) == embedder.embedding_table.weight[4]).all()
+
+
+BAD_TRAINING = {
+    "--lr": "-1", "--adam-betas": "0.9 1.0", "--label-dropout": "1", "--ema-decay": "1.5", "--snr-gamma": "0", "--mixed-precision": "fp16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", BAD_TRAINING)
+def test_training_values_out_of_range_are_refused(features: Path, tmp_path: Path, flag: str) -> None:
+    with pytest.raises(InputError):
+        train.main(arguments(features, tmp_path / "run", 2, flag, *BAD_TRAINING[flag].split()))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--max-steps", "--global-batch-size", "--ckpt-every", "--keep", "--log-every"])
+def test_counts_below_one_are_refused(features: Path, tmp_path: Path, flag: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments(features, tmp_path / "run", 2, flag, "0"))
+    assert stopped.value.code == 2
+
+
+def test_normalised_latents_have_unit_variance_and_the_same_pictures() -> None:
+    drawings = load_drawings(ROOT / "assets" / "emoji" / "sample64.npz", held_out=False)
+    torch.manual_seed(0)
+    vae = build_vae().eval()
+    x = drawings.batch(torch.arange(8))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(x).latent_dist.mean).sample
+        normalize_latents(vae, drawings)
+        after = vae.decode(vae.encode(x).latent_dist.mean).sample
+        weights = class_weights(drawings.labels, 1.0)
+        moments = vae.encode(drawings.batch(torch.arange(len(drawings.labels)))).latent_dist
+    share = (weights / weights.sum()).view(-1, 1, 1, 1)
+    mean = (moments.mean * share).sum(0).mean((1, 2))
+    variance = ((moments.var + (moments.mean - mean.view(1, 4, 1, 1)) ** 2) * share).sum(0).mean((1, 2))
+    torch.testing.assert_close(after, before, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(variance, torch.ones(4), atol=0.1, rtol=0)
+    assert mean.abs().max() < 0.1
+
+
 def test_a_folder_of_another_run_is_refused(features: Path, tmp_path: Path) -> None:
     train.main(arguments(features, tmp_path, 2))
     with pytest.raises(InputError, match="lr=0.001"):
@@ -91,18 +155,23 @@ def test_a_folder_of_another_run_is_refused(features: Path, tmp_path: Path) -> N
 
 
 def test_balanced_weights_draw_classes_evenly(features: Path) -> None:
-    store = FeatureStore(features)
+    labels = FeatureStore(features).labels
     torch.manual_seed(0)
     for power, expected in ((0.0, [40 / 60, 15 / 60, 5 / 60]), (1.0, [1 / 3] * 3)):
-        drawn = store.labels[torch.multinomial(store.sampling_weights(power), 20_000, replacement=True)]
+        drawn = labels[torch.multinomial(class_weights(labels, power), 20_000, replacement=True)]
         assert np.allclose(drawn.bincount().numpy() / 20_000, expected, atol=0.02)
 
 
-def test_features_give_posterior_draws(features: Path) -> None:
-    latents = FeatureStore(features).latents(torch.tensor([0, 59] * 200))
-    assert latents.shape == (400, 4, 8, 8)
-    assert abs(latents[::2].mean().item() + 1) < 1e-3 and abs(latents[1::2].mean().item() - 1) < 1e-3
-    assert abs(latents[::2].std().item() - np.exp(-4.0)) < 1e-3
+def test_features_give_scaled_posterior_draws_of_both_mirror_images(tmp_path: Path) -> None:
+    moments = np.zeros((2, 2, 8, 4, 4))
+    moments[0, 0, :4], moments[0, 1, :4], moments[1, :, :4] = 1.0, 3.0, -2.0
+    moments[:, :, 4:] = 2 * np.log(0.1)
+    write_features(tmp_path, moments, np.array([0, 1]), num_classes=2, vae="none", scaling_factor=0.5)
+    latents = FeatureStore(tmp_path).latents(torch.tensor([0, 1] * 2000))
+    first, second = latents[::2].mean(dim=(1, 2, 3)), latents[1::2]
+    assert abs((first > 1.0).float().mean().item() - 0.5) < 0.05  # 0.5 and 1.5, equally often
+    assert abs(first.mean().item() - 1.0) < 0.05
+    assert abs(second.mean().item() + 1.0) < 1e-3 and abs(second.std().item() - 0.05) < 1e-3
 
 
 def test_unfinished_features_are_refused(features: Path, tmp_path: Path) -> None:

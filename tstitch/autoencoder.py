@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tstitch.checkpoints import first_line
 from tstitch.errors import InputError
 
 
@@ -20,7 +21,6 @@ class Autoencoder:
 
     Args:
         source: folder in diffusers format, or a hub name.
-        downsampling: pixels per latent in each direction.
 
     Raises:
         InputError: if the source is no such folder and cannot be fetched.
@@ -35,11 +35,25 @@ class Autoencoder:
         try:
             self.vae: nn.Module = AutoencoderKL.from_pretrained(source, torch_dtype=dtype).to(device).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0][:160]
-            raise InputError(f"could not load the autoencoder {source} ({reason}); put it in pretrained_models/ or connect to the hub once") from None
+            raise InputError(f"could not load the autoencoder {source} ({first_line(error)}); pass its folder with --vae, or connect to the hub") from None
         self.scaling_factor: float = self.vae.config.scaling_factor
-        self.downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent in each direction
+        self.latent_channels: int = self.vae.config.latent_channels
+        self.weights = local / "diffusion_pytorch_model.safetensors"
         self.device, self.dtype = torch.device(device), dtype
+
+    def check_fit(self, latent_shape: tuple[int, ...], image_size: int) -> None:
+        """Refuse latents (C, h, w) that do not decode to pictures of image_size.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        channels, height, _ = latent_shape
+        if channels != self.latent_channels:
+            raise InputError(f"the autoencoder has {self.latent_channels} latent channels, the denoisers {channels}; pass their own with --vae")
+        if height * self.downsampling != image_size:
+            size = height * self.downsampling
+            raise InputError(f"the autoencoder makes {size}x{size} pictures of these latents, not {image_size}x{image_size}; pass another with --vae")
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:

@@ -7,8 +7,10 @@ bare state dict, or a dict with "ema") load too.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,23 +47,41 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             with safe_open(path, "pt") as file:
                 config = json.loads((file.metadata() or {}).get("config", "{}"))
             return safetensors.torch.load_file(path), config
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from None
     try:
         # Published training checkpoints carry their command line as a Namespace: plain data, the one class allowed here.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise InputError(f"{path} is damaged or holds more than tensors and was not loaded ({reason}); fetch it again from its owner") from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise InputError(f"{path} is truncated or no checkpoint ({str(error).splitlines()[0]}); fetch it again") from None
+        raise InputError(f"{path} is damaged or holds more than tensors and was not loaded ({first_line(error)}); fetch it again from its owner") from None
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, struct.error) as error:
+        raise InputError(f"{path} is truncated or no checkpoint ({first_line(error)}); fetch it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a state dict; pass a model checkpoint")
-    arguments = content.get("args", {})
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    arguments = content.get("args")
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments or {}
     state = content.get("ema", content.get("model", content))
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} holds no state dict of tensors; pass a model checkpoint")
     return state, arguments.get("model_config", {})
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message, at most 160 characters, or its kind where there is none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def file_hash(path: str | Path) -> str:
+    """First 16 hex digits of a file's SHA-256: tells whether two results were made with the same weights.
+
+    Raises:
+        InputError: if the file is missing.
+    """
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise InputError(f"could not read {path} ({error.strerror}); check the path") from None
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

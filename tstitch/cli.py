@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,13 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
+def positive_int(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script: input that cannot be used becomes one sentence on stderr and exit code 2."""
     try:
@@ -52,6 +60,8 @@ def parse_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError
     except (RuntimeError, AssertionError):
         raise InputError(f"device '{name}' is not available here; use --device auto, cpu, cuda or mps") from None
     return device
@@ -65,11 +75,12 @@ def add_sampling_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-classes", type=int, help="number of classes; the null label is this number")
     group.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help="one class for each picture, 0..num_classes-1")
     group.add_argument("--num-images", type=int, help="how many pictures; the labels repeat (default: one for each label)")
-    group.add_argument("--num-sampling-steps", type=int, metavar="N", help="solver steps, 1..1000")
+    group.add_argument("--num-sampling-steps", type=int, metavar="N", help="solver steps, 1..1000 (a single one is taken at t = 0, as published)")
     group.add_argument("--solver", default="ddim", metavar="NAME", help=f"one of {', '.join(SOLVERS)}")
     group.add_argument("--cfg-scale", type=float, help="uncond + scale * (cond - uncond); 1 turns guidance off")
     group.add_argument("--cfg-channels", metavar="N|all", help="how many latent channels are guided; published DiT samples guide 3 of 4")
     group.add_argument("--seed", type=int, default=0, help="picture i is made from seed + i alone")
+    group.add_argument("--max-batch", type=positive_int, default=64, metavar="N", help="most pictures in one denoiser call, before guidance doubles them")
     group.add_argument("--vae", help="mse or ema (the Stable Diffusion autoencoders), a folder in diffusers format, or a hub name")
     group.add_argument("--dtype", choices=DTYPES, default="fp32", help="number type of the denoisers' weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -134,6 +145,9 @@ def sampling_plan(args: argparse.Namespace) -> SamplingPlan:
         raise InputError(f"--num-sampling-steps must lie in 1..1000, got {num_steps}")
     if args.seed < 0:
         raise InputError(f"--seed must not be negative, got {args.seed}")
+    cfg_scale = _given(args.cfg_scale, preset.cfg_scale)
+    if not math.isfinite(cfg_scale):
+        raise InputError(f"--cfg-scale must be a finite number, got {cfg_scale}")
     return SamplingPlan(
         preset=preset,
         image_size=image_size,
@@ -141,7 +155,7 @@ def sampling_plan(args: argparse.Namespace) -> SamplingPlan:
         labels=torch.tensor([labels[i % len(labels)] for i in range(count)]),
         noise=SampleNoise(range(args.seed, args.seed + count)),
         solver=create_solver(args.solver, create_diffusion(str(num_steps))),
-        guidance=ClassifierFreeGuidance(_given(args.cfg_scale, preset.cfg_scale), num_classes, _parse_channels(args.cfg_channels, preset)),
+        guidance=ClassifierFreeGuidance(cfg_scale, num_classes, _parse_channels(args.cfg_channels, preset)),
         vae={"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}.get(args.vae, args.vae or preset.vae),
         device=parse_device(args.device),
         dtype=DTYPES[args.dtype],

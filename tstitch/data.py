@@ -19,6 +19,11 @@ from tstitch.errors import InputError
 from tstitch.files import atomic_path, read_json, write_json
 
 
+def class_weights(labels: Tensor, power: float) -> Tensor:
+    """Sampling weight of each item, 1 / (size of its class) ** power: 0 draws items evenly, 1 draws classes evenly."""
+    return (1.0 / labels.bincount().clamp(min=1).float() ** power)[labels]
+
+
 def write_features(folder: Path, moments: np.ndarray, labels: np.ndarray, *, num_classes: int, vae: str, scaling_factor: float) -> None:
     """Write a feature folder; the index comes last, so a folder without it is unfinished.
 
@@ -26,6 +31,7 @@ def write_features(folder: Path, moments: np.ndarray, labels: np.ndarray, *, num
         moments: (count, mirrors, 2C, H, W), mean and log variance.
         labels: (count,) in 0..num_classes-1.
     """
+    (folder / "index.json").unlink(missing_ok=True)
     for name, array in (("moments", moments.astype(np.float16)), ("labels", labels.astype(np.int64))):
         with atomic_path(folder / f"{name}.npy") as temporary:
             np.save(temporary, array)
@@ -47,8 +53,11 @@ class FeatureStore:
         if not (folder / "index.json").exists():
             raise InputError(f"no features at {folder} (index.json is missing); extract them first")
         self.index = read_json(folder / "index.json")
-        self.moments = np.load(folder / "moments.npy", mmap_mode="r")
-        self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        try:
+            self.moments = np.load(folder / "moments.npy", mmap_mode="r")
+            self.labels = torch.from_numpy(np.load(folder / "labels.npy"))
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"the features at {folder} are damaged ({error}); extract them again") from None
         if not len(self.moments) == len(self.labels) == self.index["count"]:
             raise InputError(f"{folder} holds {len(self.moments)} features and {len(self.labels)} labels, its index says {self.index['count']}; extract again")
         self.latent_shape = tuple(self.index["latent_shape"])
@@ -56,10 +65,6 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return self.index["count"]
-
-    def sampling_weights(self, power: float) -> Tensor:
-        """Weight of each item, 1 / (size of its class) ** power: 0 draws items evenly, 1 draws classes evenly."""
-        return (1.0 / self.labels.bincount(minlength=self.num_classes).float() ** power)[self.labels]
 
     def latents(self, index: Tensor) -> Tensor:
         """Draw scaled latents (N, C, H, W), float32, for items (N,): posterior noise and mirror come from torch's global generator."""

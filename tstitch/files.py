@@ -36,6 +36,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_folder(path: Path) -> None:
+    """Refuse, before any work, a folder that could not be written.
+
+    Raises:
+        InputError: if it is a file, or its nearest existing parent is one or is not writable.
+    """
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write to {path}: {existing} is {'not writable' if existing.is_dir() else 'a file'}; choose another folder")
+
+
 def write_json(path: str | Path, content: Any) -> None:  # noqa: ANN401  (whatever json takes)
     """Write `content` as indented JSON, atomically."""
     with atomic_path(path) as temporary:

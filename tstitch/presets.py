@@ -51,7 +51,7 @@ class Preset:
 
     def class_name(self, label: int) -> str:
         """Name of a class, or its number."""
-        return self.class_names[label] if self.class_names else str(label)
+        return self.class_names[label] if label < len(self.class_names) else str(label)
 
 
 def _imagenet(size: int) -> Preset:

@@ -6,22 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from tstitch.files import read_json
-from tstitch.schedule import StitchSchedule
 
 
-def quality_by_schedule(path: Path | None, settings: dict[str, Any], metric: str = "fd_emoji") -> dict[str, float]:
-    """Read a results file: schedule (as JSON) -> metric, {} if there is no file or it was measured under other settings.
+def quality_by_schedule(path: Path | None, settings: dict[str, Any], weights: dict[str, str], metric: str = "fd_emoji") -> dict[str, float]:
+    """Read a results file: schedule name -> metric; {} if there is none, or if it was measured under other settings or with other weights.
 
     Args:
-        path: a file with "settings" and "rows", each row with a "schedule" and its metrics.
-        settings: the settings of the run that the numbers are to be shown beside.
+        path: a file with "settings", "weights" and "rows", each row with a "name" such as "S:40 L:60" and its metrics.
+        settings: settings of the run that the numbers are to be shown beside.
+        weights: name -> hash of the weights which that run uses.
     """
     if path is None or not path.exists():
         return {}
     table = read_json(path)
-    if any(table["settings"].get(key) != value for key, value in settings.items()):
-        return {}
-    return {StitchSchedule.from_json(row["schedule"]).to_json(): row[metric] for row in table["rows"]}
+    for part, wanted in (("settings", settings), ("weights", weights)):
+        if any(table[part].get(key) != value for key, value in wanted.items()):
+            return {}
+    return {row["name"]: row[metric] for row in table["rows"]}
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

@@ -145,8 +145,8 @@ class StitchSchedule:
 
     def denoiser_at_progress(self, progress: float) -> int:
         """Denoiser at progress in [0, 1) along the trajectory, for solvers that choose their own steps."""
-        if not self.fractions:
-            raise InputError(f"a schedule that switches by {self.switch_by} has no shares of progress; use legs()")
+        if self.switch_by != "step":
+            raise InputError(f"a schedule that switches by {self.switch_by} cannot be asked by progress alone; use legs()")
         if not 0 <= progress < 1:
             raise InputError(f"progress must lie in [0, 1), got {progress:g}")
         for k in range(self.num_legs - 1):
@@ -199,6 +199,11 @@ class StitchSchedule:
             return cls(**json.loads(text))
         except (json.JSONDecodeError, TypeError) as error:
             raise InputError(f"not a stitch schedule: {error}; expected JSON with fractions, order, switch_by, thresholds") from None
+
+
+def steps_by_denoiser(legs: Sequence[Leg], num_denoisers: int) -> list[int]:
+    """Number of steps that each denoiser takes."""
+    return [sum(leg.stop - leg.start for leg in legs if leg.denoiser == k) for k in range(num_denoisers)]
 
 
 def three_way_allocations(parts: int = 10) -> list[StitchSchedule]:

@@ -72,7 +72,7 @@ class EMA:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first; their names are their steps."""
-    return sorted(path for path in folder.glob("*.pt") if path.stem.isdigit())
+    return sorted((path for path in folder.glob("*.pt") if path.stem.isdigit()), key=lambda path: int(path.stem))
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -125,8 +125,10 @@ def fit(
     Args:
         model: the bare module; it is prepared (device, distribution, mixed precision) here.
         losses: called as losses(model, step), returns scalars; "loss" is differentiated, all are logged. Runs under `step_seed`.
-        folder: run folder; gets config.json, log.jsonl and checkpoints/{step:07d}.pt with keys model, ema, opt, args, step.
-        config: plain values that describe the run; a folder begun with another config is refused.
+        folder: run folder, on a disk that all processes share; gets config.json, log.jsonl and checkpoints/{step:07d}.pt with keys model, ema, opt,
+            args, step, log (and scaler in fp16).
+        config: plain values that describe the run, "max_steps" among them; a folder begun with another config is refused. Only a run of constant
+            "lr_schedule" may be made longer: any other would have learned differently from its first step.
         lr_factor: factor on the optimizer's learning rate for a step.
         clip_norm: largest gradient norm, None for no clipping.
         resume: False starts anew and refuses a folder that already holds checkpoints.
@@ -135,15 +137,19 @@ def fit(
         InputError: if the folder belongs to another run.
     """
     checkpoints = folder / "checkpoints"
+    config = config | {"max_steps": max_steps, "num_processes": accelerator.num_processes}
     state = _resumable_state(checkpoints, config, resume)
     ema = EMA(model, ema_decay)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
-    start = 0
+    start, count, sums = 0, 0, {}
     if state is not None:
         model.load_state_dict(state["model"])
         ema.model.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["opt"])
-        start = state["step"]
+        start, count = state["step"], state["log"]["count"]
+        sums = {name: value.to(accelerator.device) for name, value in state["log"]["sums"].items()}
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
     ema.model.to(accelerator.device)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(prepared, keep_torch_compile=False)
@@ -154,9 +160,8 @@ def fit(
         for left_by_a_kill in checkpoints.glob(".*.tmp.pt"):
             left_by_a_kill.unlink()
 
-    sums: dict[str, Tensor] = {}
     bar = tqdm(total=max_steps, initial=start, desc=folder.name, unit="step", disable=not main, mininterval=1.0)
-    since = time.perf_counter()
+    since, rated = time.perf_counter(), start
     for step in range(start, max_steps):
         torch.manual_seed(step_seed(seed, step, accelerator.process_index))
         for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
@@ -171,21 +176,21 @@ def fit(
         # Summed on the device: reading a loss at every step would stall a GPU.
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach().float()
-        done = step + 1
+        done, count = step + 1, count + 1
         bar.update()
         if done % log_every == 0 or done == max_steps:
-            count = log_every if done % log_every == 0 else done % log_every
             row = {name: accelerator.reduce(value, "mean").item() / count for name, value in sums.items()}
-            sums = {}
             now = time.perf_counter()
             if main:
-                log.write({"step": done, **{k: round(v, 6) for k, v in row.items()}, "steps_per_s": round(count / (now - since), 3)})
+                log.write({"step": done, **{k: round(v, 6) for k, v in row.items()}, "steps_per_s": round((done - rated) / (now - since), 3)})
                 bar.set_postfix({k: f"{v:.4f}" for k, v in row.items()})
-            since = now
+            sums, count, since, rated = {}, 0, now, done
         if main and (done % ckpt_every == 0 or done == max_steps):
-            save_checkpoint(checkpoints, done, {
-                "model": bare.state_dict(), "ema": ema.model.state_dict(), "opt": optimizer.state_dict(), "args": config, "step": done,
-            }, keep)  # fmt: skip
+            state = {"model": bare.state_dict(), "ema": ema.model.state_dict(), "opt": optimizer.state_dict(), "args": config, "step": done}
+            state["log"] = {"count": count, "sums": sums}  # so that the next line of the log is the same after a resume
+            if accelerator.scaler is not None:
+                state["scaler"] = accelerator.scaler.state_dict()
+            save_checkpoint(checkpoints, done, state, keep)
     bar.close()
     accelerator.wait_for_everyone()
     return ema.model
@@ -199,9 +204,11 @@ def _resumable_state(checkpoints: Path, config: dict[str, Any], resume: bool) ->
     if not resume:
         raise InputError(f"{checkpoints} already holds {len(files)} checkpoints; continue them with --autoresume or choose another --results-dir")
     state = torch.load(files[-1], map_location="cpu", weights_only=True)
-    # A longer run is the same run; everything else in the configuration decides what is drawn and learned.
-    changed = sorted(k for k in config.keys() | state["args"].keys() if k != "max_steps" and config.get(k) != state["args"].get(k))
+    growing = {"max_steps"} if config.get("lr_schedule") == "constant" else set()
+    changed = sorted(k for k in (config.keys() | state["args"].keys()) - growing if config.get(k) != state["args"].get(k))
     if changed:
         was = ", ".join(f"{k}={state['args'].get(k)!r}" for k in changed)
         raise InputError(f"{checkpoints} was begun with {was}; pass the same values or choose another --results-dir")
+    if state["step"] > config["max_steps"]:
+        raise InputError(f"{checkpoints} is at step {state['step']} already; pass a larger --max-steps or choose another --results-dir")
     return state

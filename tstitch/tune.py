@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tstitch.guidance import Denoiser, Guidance
-from tstitch.sampling import guidance_for_each, model_output, plan_legs
+from tstitch.sampling import Noise, guidance_for_each, model_output, plan_legs
 from tstitch.schedule import StitchSchedule
 from tstitch.solvers import Solver
 
@@ -32,6 +32,7 @@ def measure_step_seconds(
     *,
     solver: Solver,
     guidance: Guidance | Sequence[Guidance | None] | None = None,
+    noise: Noise | None = None,
     repeats: int = 7,
 ) -> list[float]:
     """Median seconds of one guided solver step of each denoiser for the batch x (N, C, H, W), y (N,).
@@ -45,7 +46,8 @@ def measure_step_seconds(
         for k, (denoiser, guide) in enumerate(zip(denoisers, guidances, strict=True)):
             wait_for(x.device)
             start = time.perf_counter()
-            solver.step(x, middle, model_output(denoiser, guide, x, y, solver, middle), torch.zeros_like(x), (x,))
+            drawn = noise(middle, x) if noise is not None and solver.needs_noise else torch.zeros_like(x)
+            solver.step(x, middle, model_output(denoiser, guide, x, y, solver, middle), drawn, (x,))
             wait_for(x.device)
             if repeat > 0:  # the first round warms up
                 seconds[k].append(time.perf_counter() - start)

@@ -27,13 +27,9 @@ class Drawings:
         """Images in [-1, 1], float32."""
         return self.images[index].float() / 127.5 - 1
 
-    def class_weights(self, power: float) -> Tensor:
-        """Sampling weight of each drawing, 1 / (size of its class) ** power: 1 makes classes equally frequent, 0 drawings."""
-        return (1.0 / self.labels.bincount().float() ** power)[self.labels]
-
 
 def load_drawings(path: Path, held_out: bool) -> Drawings:
-    """Read the training drawings, or the tenth that was held out.
+    """Read the training drawings, or the tenth that was held out, from a file of build_dataset.py.
 
     Raises:
         InputError: if the file is not there.

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assets.emoji.emoji_data import DATASET, Drawings, load_drawings
 from tstitch.checkpoints import save_weights
-from tstitch.cli import new_parser, run
+from tstitch.cli import new_parser, positive_int, run
+from tstitch.data import class_weights
 from tstitch.files import atomic_path
 from tstitch.metrics import frechet_distance
 from tstitch.metrics.emoji import EmojiFeatures, gather, load_extractor, load_reference
@@ -52,8 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--data", type=Path, default=DATASET, help="drawings, from build_dataset.py")
     parser.add_argument("--results-dir", type=Path, default=Path("runs/emoji-features"), help="run folder")
-    parser.add_argument("--max-steps", type=int, default=2000, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=64, help="drawings a step")
+    parser.add_argument("--max-steps", type=positive_int, default=2000, help="optimizer steps")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="drawings a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, cosine decay")
     parser.add_argument("--seed", type=int, default=0, help="seed of initialisation, batches and shifts")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write features.safetensors and reference.safetensors here")
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, report accuracy on held-out drawings, export weights and reference statistics."""
     args = parse_args(argv)
     drawings, held_out = load_drawings(args.data, held_out=False), load_drawings(args.data, held_out=True)
-    weights = drawings.class_weights(0.5)
+    weights = class_weights(drawings.labels, 0.5)
     torch.manual_seed(args.seed)
 
     def losses(model: nn.Module, step: int) -> dict[str, Tensor]:
@@ -92,7 +93,7 @@ def export_reference(folder: Path, drawings: Drawings, held_out: Drawings) -> No
     network = load_extractor(folder)  # what ships is what measures
     tensors = {}
     for name, part in (("train", drawings), ("held_out", held_out)):
-        statistics = gather(network, part.images, part.class_weights(1.0))
+        statistics = gather(network, part.images, class_weights(part.labels, 1.0))
         tensors |= {f"{name}.mu": statistics.mean, f"{name}.sigma": statistics.covariance}
     with atomic_path(folder / "reference.safetensors") as temporary:
         save_file(tensors, temporary)

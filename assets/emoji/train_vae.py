@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assets.emoji.emoji_data import DATASET, Drawings, load_drawings
-from tstitch.cli import new_parser, run
+from tstitch.autoencoder import to_uint8
+from tstitch.cli import new_parser, positive_int, run
+from tstitch.data import class_weights
 from tstitch.training import cosine_lr, fit
 
 
@@ -68,8 +71,7 @@ def psnr(vae: AutoencoderKL, drawings: Drawings) -> tuple[float, float]:
     errors = []
     for index in tqdm(torch.arange(len(drawings.labels)).split(64), desc="psnr", unit="batch"):
         decoded = vae.decode(vae.encode(drawings.batch(index)).latent_dist.mean).sample
-        pixels = ((decoded + 1) * 127.5).round().clamp(0, 255)
-        errors.append((pixels - drawings.images[index].float()).square().mean(dim=(1, 2, 3)))
+        errors.append((to_uint8(decoded).float() - drawings.images[index].float()).square().mean(dim=(1, 2, 3)))
     error = torch.cat(errors).clamp(min=1e-3)
     return (10 * torch.log10(255**2 / error)).mean().item(), 10 * math.log10(255**2 / error.mean().item())
 
@@ -80,7 +82,7 @@ def normalize_latents(vae: AutoencoderKL, drawings: Drawings) -> None:
 
     quant_conv maps encoder features to (mean, log variance) and post_quant_conv opens the decoder, so the pictures stay the same.
     """
-    weights = drawings.class_weights(1.0)
+    weights = class_weights(drawings.labels, 1.0)
     index = torch.multinomial(weights, 4096, replacement=True, generator=torch.Generator().manual_seed(0))
     moments = [vae.encode(drawings.batch(part)).latent_dist for part in index.split(64)]
     mean = torch.cat([m.mean for m in moments])
@@ -95,13 +97,22 @@ def normalize_latents(vae: AutoencoderKL, drawings: Drawings) -> None:
     post.weight *= scale[None, :, None, None]
 
 
+def export(vae: AutoencoderKL, folder: Path) -> None:
+    """Write a diffusers folder in fp16; each of its files appears whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        vae.half().save_pretrained(temporary)
+        for file in Path(temporary).iterdir():
+            file.replace(folder / file.name)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     parser.add_argument("--data", type=Path, default=DATASET, help="drawings, from build_dataset.py")
     parser.add_argument("--results-dir", type=Path, default=Path("runs/emoji-vae"), help="run folder")
-    parser.add_argument("--max-steps", type=int, default=3300, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=16, help="drawings a step")
+    parser.add_argument("--max-steps", type=positive_int, default=3300, help="optimizer steps")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="drawings a step")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate, cosine decay")
     parser.add_argument("--kl-weight", type=float, default=1e-4, help="weight of the KL term per latent number")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="bf16", help="autocast type of the training step")
@@ -114,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, report PSNR on held-out drawings, export."""
     args = parse_args(argv)
     drawings, held_out = load_drawings(args.data, held_out=False), load_drawings(args.data, held_out=True)
-    weights = drawings.class_weights(0.5)
+    weights = class_weights(drawings.labels, 0.5)
     torch.manual_seed(args.seed)
     model = VAELoss(build_vae(), args.kl_weight).to(memory_format=torch.channels_last)
 
@@ -131,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     ).vae.float().cpu()  # fmt: skip
     if args.export:
         normalize_latents(vae, drawings)
-        vae.half().save_pretrained(args.export)
+        export(vae, args.export)
         vae = AutoencoderKL.from_pretrained(args.export)  # what ships is what is measured
     mean, pooled = psnr(vae, held_out)
     print(f"held-out PSNR over {len(held_out.labels)} drawings: {mean:.2f} dB (mean of the pictures'), {pooled:.2f} dB (of the pooled error)")

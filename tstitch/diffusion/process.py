@@ -127,7 +127,7 @@ class GaussianDiffusion:
         """p(x_{t-1} | x_t) from the model's output.
 
         Args:
-            model_output: (N, C, H, W), or (N, 2C, H, W) where the model learned its variance.
+            model_output: (N, 2C, H, W) where the model learned its variance. Of (N, C, H, W) the variance is beta_t, whatever learn_sigma says.
             x_t: (N, C, H, W).
             i: process index, an int or (N,).
             clip_denoised: clamp the predicted x_0 to [-1, 1], for models of pixels.
@@ -236,7 +236,7 @@ def _at(values: np.ndarray, i: Tensor | int, like: Tensor) -> Tensor:
     """values[i] in like's dtype, shaped to broadcast over (N, C, H, W). An int index stays on the host until the one copy."""
     if isinstance(i, int):
         return torch.tensor(values[i], dtype=like.dtype, device="cpu")  # a 0-dim CPU tensor combines with any device without a sync
-    return torch.from_numpy(values).to(i.device)[i].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+    return torch.from_numpy(values).to(like.dtype).to(i.device)[i].view(-1, *[1] * (like.dim() - 1))
 
 
 def create_diffusion(

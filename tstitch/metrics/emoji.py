@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
@@ -56,6 +57,8 @@ class EmojiFeatures(nn.Module):
 def load_extractor(folder: Path, device: torch.device | str = "cpu") -> EmojiFeatures:
     """Load folder/features.safetensors in eval mode."""
     state, config = read_weights(folder / "features.safetensors")
+    if set(config) != {"num_classes", "num_sets"}:
+        raise InputError(f"{folder / 'features.safetensors'} is no emoji feature network; restore the folder pretrained_models/emoji")
     network = EmojiFeatures(**config)
     load_strict(network, state, folder / "features.safetensors")
     return network.to(device).eval()
@@ -80,7 +83,10 @@ def load_reference(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     path = folder / "reference.safetensors"
     if not path.is_file():
         raise InputError(f"no reference statistics at {path}; restore the folder pretrained_models/emoji")
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore the folder pretrained_models/emoji") from None
     return {name: (tensors[f"{name}.mu"], tensors[f"{name}.sigma"]) for name in ("train", "held_out")}
 
 
