@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(plan.labels), initial=done, desc=f"{len(schedules)} schedules", unit="image") as bar:
         while done < len(plan.labels):
             stop = min(done + args.chunk, len(plan.labels))
-            for gathered, latents in zip(statistics, walk(plan, denoisers, schedules, done, stop, args.max_batch), strict=True):
+            for gathered, latents in zip(statistics, walk(plan, denoisers, schedules, done, stop), strict=True):
                 gather(extractor, autoencoder.decode(latents), into=gathered)
             bar.update(stop - done)
             done = stop
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     show(args.out.with_suffix(".png"), rows, len(ratios))
 
 
-def walk(plan: SamplingPlan, denoisers: list[DiT], schedules: list[StitchSchedule], start: int, stop: int, max_batch: int) -> list[Tensor]:
+def walk(plan: SamplingPlan, denoisers: list[DiT], schedules: list[StitchSchedule], start: int, stop: int) -> list[Tensor]:
     """Latents of images start..stop-1, one tensor (stop - start, C, h, w) for each schedule."""
     noise = SampleNoise(plan.noise.seeds[start:stop])
     return sample_many(
@@ -137,7 +137,7 @@ def walk(plan: SamplingPlan, denoisers: list[DiT], schedules: list[StitchSchedul
         solver=plan.solver,
         guidance=plan.guidance,
         noise=noise,
-        max_batch=max_batch,
+        max_batch=plan.max_batch,
     )
 
 

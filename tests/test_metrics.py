@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from pathlib import Path
 
-from tstitch.metrics import FeatureStatistics, frechet_distance
+import numpy as np
+import pytest
+import torch
+from conftest import golden_files, load_case
+
+from tstitch.metrics import FeatureStatistics, frechet_distance, inception_score, precision_recall
 from tstitch.metrics.emoji import fd_emoji, gather, load_extractor, load_reference
 from tstitch.presets import ROOT
 
@@ -51,3 +55,20 @@ def test_fd_emoji_grows_with_damage_to_the_pictures() -> None:
     blurred = torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2, count_include_pad=False).to(torch.uint8)
     clean, damaged, noise = (fd_emoji(gather(network, x), reference["train"]) for x in (images, blurred, torch.randint_like(images, 256)))
     assert clean < damaged < noise
+
+
+@pytest.mark.parametrize("path", golden_files("adm_*.safetensors"), ids=lambda p: p.stem)
+def test_frechet_distance_scores_and_manifolds_equal_those_of_adm(path: Path) -> None:
+    case = load_case(path)
+    t = case.tensors
+    ref, samples = FeatureStatistics(t["in.acts_ref"].shape[1]), FeatureStatistics(t["in.acts_ref"].shape[1])
+    ref.update(t["in.acts_ref"])
+    samples.update(t["in.acts_sample"])
+    fid = frechet_distance(ref.mean, ref.covariance, samples.mean, samples.covariance)
+    np.testing.assert_allclose(fid, t["out.fid"].item(), rtol=1e-5)
+    scores = t["out.inception_score"].flatten().tolist()
+    for split_size, expected in zip(case.config["is_split_sizes"], scores, strict=True):
+        np.testing.assert_allclose(inception_score(t["in.probs"].numpy(), split_size), expected, rtol=1e-4)
+    precision, recall = precision_recall(t["in.acts_ref"], t["in.acts_sample"], block=300)
+    assert abs(precision - t["out.precision"].item()) <= 0.01
+    assert abs(recall - t["out.recall"].item()) <= 0.01

@@ -42,6 +42,10 @@ class Autoencoder:
         self.weights = local / "diffusion_pytorch_model.safetensors"
         self.device, self.dtype = torch.device(device), dtype
 
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of one square picture."""
+        return (self.latent_channels, image_size // self.downsampling, image_size // self.downsampling)
+
     def check_fit(self, latent_shape: tuple[int, ...], image_size: int) -> None:
         """Refuse latents (C, h, w) that do not decode to pictures of image_size.
 

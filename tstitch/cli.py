@@ -100,6 +100,7 @@ class SamplingPlan:
     vae: str
     device: torch.device
     dtype: torch.dtype
+    max_batch: int
 
     @property
     def latent_size(self) -> int:
@@ -159,6 +160,7 @@ def sampling_plan(args: argparse.Namespace) -> SamplingPlan:
         vae={"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}.get(args.vae, args.vae or preset.vae),
         device=parse_device(args.device),
         dtype=DTYPES[args.dtype],
+        max_batch=args.max_batch,
     )
 
 

@@ -1,0 +1,46 @@
+"""The documents say what is so: links resolve, and the README's Python runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tstitch.presets import ROOT
+
+DOCUMENTS = [path for path in sorted(ROOT.rglob("*.md")) if not {".venv", "runs", "data", "node_modules"} & set(path.relative_to(ROOT).parts)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_relative_links_resolve(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", document.read_text())
+    missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
+    assert not missing
+
+
+def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["latents"].shape == (4, 4, 16, 16)
+    assert 0.3 < names["latents"].std() < 3
+
+
+def test_every_flag_that_the_documents_name_exists(capsys: pytest.CaptureFixture) -> None:
+    from benchmarks import stitch_overhead
+    from dit import sample, sample_t_stitch, sweep_emoji, train
+
+    scripts = {"sample": sample, "sample_t_stitch": sample_t_stitch, "sweep_emoji": sweep_emoji, "train": train, "stitch_overhead": stitch_overhead}
+    checked = 0
+    for document in DOCUMENTS:
+        for name, rest in re.findall(r"(?:dit|benchmarks)/(\w+)\.py((?:[^\n`#]|\\\n)*)", document.read_text()):
+            flags = set(re.findall(r"--[a-zA-Z][\w-]*", rest))
+            if name in scripts and flags:
+                with pytest.raises(SystemExit):
+                    scripts[name].parse_args(["--help"])
+                known = set(re.findall(r"--[a-zA-Z][\w-]*", capsys.readouterr().out))
+                assert flags <= known, (document.name, name, flags - known)
+                checked += 1
+    assert checked >= 8

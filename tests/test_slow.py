@@ -1,0 +1,17 @@
+"""Checks that take minutes: make test-slow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import stitch_overhead
+
+
+@pytest.mark.slow
+def test_a_stitched_run_costs_what_its_parts_cost(tmp_path: Path) -> None:
+    stitch_overhead.main(["--rounds", "7", "--json", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert all(abs(row["to_ideal"] - 1) < 0.05 for row in rows), [(row["ratio"], row["to_ideal"]) for row in rows]
