@@ -49,12 +49,20 @@ def test_weights_count_rows_as_often_as_they_say() -> None:
 
 def test_fd_emoji_grows_with_damage_to_the_pictures() -> None:
     folder = ROOT / "pretrained_models" / "emoji"
-    network, reference = load_extractor(folder), load_reference(folder)
+    network = load_extractor(folder)
     with np.load(ROOT / "assets" / "emoji" / "sample64.npz") as sample:
         images = torch.from_numpy(sample["image"]).permute(0, 3, 1, 2)
-    blurred = torch.nn.functional.avg_pool2d(images.float(), 5, 1, 2, count_include_pad=False).to(torch.uint8)
-    clean, damaged, noise = (fd_emoji(gather(network, x), reference["train"]) for x in (images, blurred, torch.randint_like(images, 256)))
-    assert clean < damaged < noise
+    clean = gather(network, images)
+    damaged = [torch.nn.functional.avg_pool2d(images.float(), k, 1, k // 2, count_include_pad=False).to(torch.uint8) for k in (1, 3, 5, 9)]
+    damaged.append(torch.randint_like(images, 256))
+    distances = [fd_emoji(gather(network, x), (clean.mean, clean.covariance)) for x in damaged]
+    assert abs(distances[0]) < 1e-4
+    assert all(less < more for less, more in zip(distances, distances[1:], strict=False)), distances
+
+
+def test_the_shipped_reference_knows_its_drawings() -> None:
+    reference = load_reference(ROOT / "pretrained_models" / "emoji")
+    assert 0 < frechet_distance(*reference["held_out"], *reference["train"]) < 3
 
 
 @pytest.mark.parametrize("path", golden_files("adm_*.safetensors"), ids=lambda p: p.stem)
