@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=plan.solver.num_steps, desc=name, unit="step") as bar:
         (latents,) = sample_many(
             [denoiser], plan.noise.latents(denoiser.latent_shape, plan.device), plan.labels.to(plan.device), schedules=[StitchSchedule((1.0,))],
-            solver=plan.solver, guidance=plan.guidance, noise=plan.noise, callback=lambda _: bar.update(),
+            solver=plan.solver, guidance=plan.guidance, noise=plan.noise, max_batch=plan.max_batch, callback=lambda _: bar.update(),
         )  # fmt: skip
     images = autoencoder.decode(latents)
     save_image(args.save_dir / "sample.png", contact_sheet(images))

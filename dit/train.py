@@ -50,7 +50,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the moving average, 0..1")
     training.add_argument("--clip-norm", type=float, default=1.0, help="largest gradient norm; 0 for no clipping")
     training.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], default="no", help="autocast type")
-    training.add_argument("--compile", action="store_true", help="torch.compile the model")
     training.add_argument("--global-seed", type=int, default=0, help="seed of initialisation, batches, timesteps and noise")
     training.add_argument("--ckpt-every", type=positive_int, default=500, help="steps between checkpoints")
     training.add_argument("--keep", type=positive_int, default=2, help="checkpoints to keep")
@@ -84,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_arguments(args)
     store = FeatureStore(args.features_path)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, dynamo_backend="inductor" if args.compile else None)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if args.global_batch_size % accelerator.num_processes:
         raise InputError(f"--global-batch-size {args.global_batch_size} is not divisible by {accelerator.num_processes} processes")
     torch.manual_seed(args.global_seed)

@@ -31,8 +31,9 @@ class SampleNoise:
     def __init__(self, seeds: Sequence[int]) -> None:
         if len(seeds) == 0:
             raise InputError("no seeds given; pass at least one, e.g. --seed 0")
-        if any(not 0 <= seed < 2**64 for seed in seeds):
-            raise InputError(f"seeds must lie in 0..2**64-1, got {list(seeds)}")
+        wrong = next((seed for seed in seeds if not 0 <= seed < 2**64), None)
+        if wrong is not None:
+            raise InputError(f"seeds must lie in 0..2**64-1, got {wrong}")
         self.seeds = [int(seed) for seed in seeds]
 
     def __call__(self, step: int, like: Tensor) -> Tensor:
