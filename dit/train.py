@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import DIT_CONFIGS, build_dit
-from tstitch.checkpoints import save_weights
+from tstitch.checkpoints import load_strict, read_weights, save_weights
 from tstitch.cli import new_parser, positive_int, run
 from tstitch.data import FeatureStore, class_weights
 from tstitch.diffusion import create_diffusion
@@ -37,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--class-balance", type=float, default=0.0, help="0 draws items evenly, 1 draws classes evenly, 0.5 in between")
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=DIT_CONFIGS, default="DiT-XL/2", help="model size")
+    model.add_argument("--init-from", metavar="FILE", help="start from these weights, not at random: a second round, or fine-tuning")
     model.add_argument("--label-dropout", type=float, default=0.1, help="share of labels replaced by the null label, 0..1")
     training = parser.add_argument_group("training")
     training.add_argument("--results-dir", type=Path, default=Path("runs/dit"), help="run folder")
@@ -91,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         args.model, input_size=store.latent_shape[-1], in_channels=store.latent_shape[0], num_classes=store.num_classes,
         class_dropout_prob=args.label_dropout,
     )  # fmt: skip
+    if args.init_from:
+        load_strict(model, read_weights(args.init_from)[0], args.init_from)
     diffusion = create_diffusion("")
     weights = class_weights(store.labels, args.class_balance)
     timestep_weights = snr_weights(diffusion.alphas_cumprod, args.snr_gamma).to(accelerator.device)

@@ -73,6 +73,17 @@ def test_a_run_killed_at_any_step_resumes_to_the_same_weights_and_log(features: 
     assert [(row["step"], row["loss"]) for row in logs[0]] == [(row["step"], row["loss"]) for row in logs[1]]
 
 
+def test_a_second_round_starts_from_the_exported_average(features: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    train.main(arguments(features, tmp_path / "one", 20, "--export", str(first)))
+    train.main([*arguments(features, tmp_path / "two", 1, "--export", str(second), "--init-from", str(first)), "--lr", "1e-12"])
+    before, after = read_weights(first)[0], read_weights(second)[0]
+    assert before["final_layer.linear.weight"].abs().max() > 0
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(InputError, match="does not fit"):
+        train.main([*arguments(features, tmp_path / "three", 1, "--init-from", str(first)), "--model", "emoji-large"])
+
+
 def test_training_learns_and_exports_a_file_that_says_what_it_is(features: Path, tmp_path: Path) -> None:
     export = tmp_path / "small.safetensors"
     train.main(arguments(features, tmp_path / "run", 60, "--snr-gamma", "5", "--export", str(export)))

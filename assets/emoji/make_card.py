@@ -53,11 +53,14 @@ def nearest(pictures: Tensor, drawings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plot_losses(folder: Path) -> None:
-    """Loss by training step from logs/*.jsonl."""
+    """Loss by training step from logs/dit-{model}-{round}.jsonl, a model's second round behind its first."""
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for log in sorted((folder / "logs").glob("dit-*.jsonl")):
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
-        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=log.stem, linewidth=1)
+    for model in ("small", "base", "large"):
+        rows, before = [], 0
+        for log in sorted((folder / "logs").glob(f"dit-{model}-*.jsonl")):
+            rows += [(before + row["step"], row["loss"]) for row in map(json.loads, log.read_text().splitlines())]
+            before = rows[-1][0]
+        axes.plot(*zip(*rows, strict=True), label=model, linewidth=1)
     axes.set(xlabel="training step", ylabel="loss (min-SNR weighted)", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
