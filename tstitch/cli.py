@@ -111,8 +111,8 @@ class SamplingPlan:
     def settings(self) -> dict[str, object]:
         """What two results must have in common to be compared."""
         return {
-            "preset": self.preset.name, "image_size": self.image_size, "num_steps": self.solver.num_steps, "solver": type(self.solver).__name__,
-            "cfg_scale": self.guidance.scale, "cfg_channels": self.guidance.channels or "all",
+            "preset": self.preset.name, "image_size": self.image_size, "solver": type(self.solver).__name__,
+            "num_steps": self.solver.num_steps, "spacing": "even", "cfg_scale": self.guidance.scale, "cfg_channels": self.guidance.channels or "all",
         }  # fmt: skip
 
 
