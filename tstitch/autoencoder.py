@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from tstitch.checkpoints import first_line
 from tstitch.errors import InputError
+from tstitch.torchvision_compat import prepare_torchvision
+
+# The two Stable Diffusion autoencoders that published DiT weights belong to.
+NAMED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -20,15 +24,17 @@ class Autoencoder:
     """A frozen VAE with its scaling factor.
 
     Args:
-        source: folder in diffusers format, or a hub name.
+        source: mse, ema, a folder in diffusers format, or a hub name.
 
     Raises:
         InputError: if the source is no such folder and cannot be fetched.
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        prepare_torchvision()  # diffusers imports it where it is installed
         from diffusers import AutoencoderKL  # seconds to import, so only where pictures are made
 
+        source = self.source = NAMED_VAES.get(str(source), str(source))
         local = Path(source)
         if not local.is_dir() and (local.is_absolute() or local.parts[:1] == ("pretrained_models",)):
             raise InputError(f"no autoencoder at {source}; restore that folder or pass another with --vae")
@@ -39,11 +45,17 @@ class Autoencoder:
         self.scaling_factor: float = self.vae.config.scaling_factor
         self.downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent in each direction
         self.latent_channels: int = self.vae.config.latent_channels
-        self.weights = local / "diffusion_pytorch_model.safetensors"
+        self.weights = weights_file(source)
         self.device, self.dtype = torch.device(device), dtype
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of one square picture."""
+        """Shape (C, h, w) of the latents of one square picture.
+
+        Raises:
+            InputError: if image_size is no multiple of the pixels per latent.
+        """
+        if image_size % self.downsampling:
+            raise InputError(f"--image-size {image_size} is not divisible by {self.downsampling}, the autoencoder's pixels per latent; choose a multiple")
         return (self.latent_channels, image_size // self.downsampling, image_size // self.downsampling)
 
     def check_fit(self, latent_shape: tuple[int, ...], image_size: int) -> None:
@@ -60,7 +72,28 @@ class Autoencoder:
             raise InputError(f"the autoencoder makes {size}x{size} pictures of these latents, not {image_size}x{image_size}; pass another with --vae")
 
     @torch.no_grad()
+    def encode(self, images: Tensor, batch: int = 16) -> Tensor:
+        """uint8 pictures (N, 3, H, W) -> the posterior's moments (N, 2C, h, w), mean and log variance, unscaled, float32, on the CPU; `batch` at a time."""
+        moments = []
+        for part in images.split(batch):
+            posterior = self.vae.encode((part.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
+            moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu())
+        return torch.cat(moments)
+
+    @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
         """Scaled latents (N, C, h, w) -> uint8 pictures (N, 3, H, W) on the CPU, `batch` at a time to bound memory."""
         scaled = latents.to(self.device, self.dtype) / self.scaling_factor
         return torch.cat([to_uint8(self.vae.decode(part).sample).cpu() for part in scaled.split(batch)])
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file whose hash tells which autoencoder it is: in the folder, or in the hub's cache."""
+    names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+    if Path(source).is_dir():
+        files = [Path(source) / name for name in names]
+    else:
+        from huggingface_hub import try_to_load_from_cache  # comes with diffusers
+
+        files = [Path(found) for name in names if isinstance(found := try_to_load_from_cache(str(source), name), str)]
+    return next((file for file in files if file.exists()), Path(source) / names[0])

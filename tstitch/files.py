@@ -25,6 +25,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        # Some writers (safetensors) keep a file to its owner.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
         # The rename itself is durable only once the folder is on disk.
         folder = os.open(path.parent, os.O_RDONLY)
