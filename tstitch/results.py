@@ -25,6 +25,34 @@ def quality_by_schedule(path: Path | None, settings: dict[str, Any], weights: di
     return {row["name"]: row[metric] for row in table["rows"]}
 
 
+def comparison_table(results: list[dict[str, Any]]) -> str:
+    """Lay results side by side, and say below which settings differ or are unknown: such rows do not belong in one table.
+
+    Args:
+        results: each with a "name", "metrics" (name -> number, or None where not measured) and "settings" ("unknown" where nobody knows).
+    """
+    metrics = list(dict.fromkeys(name for result in results for name in result["metrics"]))
+    rows = [[result["name"], *(_number(result["metrics"].get(name)) for name in metrics)] for result in results]
+    lines = [markdown_table(["samples", *metrics], rows)]
+    differ, unknown = [], []
+    for key in dict.fromkeys(key for result in results for key in result["settings"]):
+        values = [result["settings"].get(key, "unknown") for result in results]
+        if "unknown" in values:
+            unknown.append(key)
+        known = [value for value in values if value != "unknown"]
+        if any(value != known[0] for value in known):
+            differ.append(f"{key} ({' / '.join(str(value) for value in values)})")
+    if differ:
+        lines.append(f"Not comparable: these rows differ in {', '.join(differ)}.")
+    if unknown:
+        lines.append(f"Perhaps not comparable: {', '.join(unknown)} unknown for at least one row.")
+    return "\n\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if abs(value) < 1 else f"{value:.3f}"
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """Lay out a table with aligned columns, readable as text and as Markdown."""
     widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from tstitch.checkpoints import load_strict, read_weights
+from tstitch.checkpoints import file_hash, load_strict, read_weights
 from tstitch.errors import InputError
-from tstitch.metrics.frechet import FeatureStatistics, frechet_distance
+from tstitch.metrics.extractors import Extractor, ImageFeatures
+from tstitch.metrics.npz import Statistics
+from tstitch.presets import ROOT
 
 
 class _Residual(nn.Module):
@@ -54,42 +55,38 @@ class EmojiFeatures(nn.Module):
         return self.category(features), self.drawing_set(features)
 
 
-def load_extractor(folder: Path, device: torch.device | str = "cpu") -> EmojiFeatures:
-    """Load folder/features.safetensors in eval mode."""
-    state, config = read_weights(folder / "features.safetensors")
-    if set(config) != {"num_classes", "num_sets"}:
-        raise InputError(f"{folder / 'features.safetensors'} is no emoji feature network; restore the folder pretrained_models/emoji")
-    network = EmojiFeatures(**config)
-    load_strict(network, state, folder / "features.safetensors")
-    return network.to(device).eval()
+class EmojiExtractor(Extractor):
+    """The network of folder/features.safetensors, with the references of folder/reference.safetensors: "train" and "held_out" drawings."""
 
+    name, dim, distance, image_size = "emoji", EmojiFeatures.dim, "fd_emoji", 64
 
-@torch.no_grad()
-def gather(network: EmojiFeatures, images: Tensor, weights: Tensor | None = None, into: FeatureStatistics | None = None) -> FeatureStatistics:
-    """Gather feature statistics of uint8 pictures (N, 3, 64, 64), perhaps on top of those gathered before; weights (N,), default 1 each."""
-    gathered = FeatureStatistics(network.dim) if into is None else into
-    device = network.category.weight.device
-    for index in torch.arange(len(images)).split(256):
-        gathered.update(network.features(images[index].to(device)), None if weights is None else weights[index])
-    return gathered
+    def __init__(self, device: torch.device | str = "cpu", folder: Path | None = None) -> None:
+        self.folder = folder or ROOT / "pretrained_models" / "emoji"
+        self.device = torch.device(device)
+        path = self.folder / "features.safetensors"
+        state, config = read_weights(path)
+        if set(config) != {"num_classes", "num_sets"}:
+            raise InputError(f"{path} is no emoji feature network; restore the folder pretrained_models/emoji")
+        network = EmojiFeatures(**config)
+        load_strict(network, state, path)
+        self.network = network.to(self.device).eval()
+        self.weights = file_hash(path)
 
+    @torch.no_grad()
+    def measure(self, images: Tensor) -> ImageFeatures:
+        return ImageFeatures(self.network.features(images.to(self.device)))
 
-def load_reference(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean (128,) and covariance (128, 128) of the "train" and the "held_out" drawings, every class with the same weight.
+    def references(self) -> dict[str, Statistics]:
+        """Statistics of the "train" and the "held_out" drawings, every class with the same weight.
 
-    Raises:
-        InputError: if the file is missing.
-    """
-    path = folder / "reference.safetensors"
-    if not path.is_file():
-        raise InputError(f"no reference statistics at {path}; restore the folder pretrained_models/emoji")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}); restore the folder pretrained_models/emoji") from None
-    return {name: (tensors[f"{name}.mu"], tensors[f"{name}.sigma"]) for name in ("train", "held_out")}
-
-
-def fd_emoji(statistics: FeatureStatistics, reference: tuple[np.ndarray, np.ndarray]) -> float:
-    """FD-emoji of gathered statistics to a reference."""
-    return frechet_distance(statistics.mean, statistics.covariance, *reference)
+        Raises:
+            InputError: if the file is missing or damaged.
+        """
+        path = self.folder / "reference.safetensors"
+        if not path.is_file():
+            raise InputError(f"no reference statistics at {path}; restore the folder pretrained_models/emoji")
+        try:
+            tensors = load_file(path)
+            return {name: (tensors[f"{name}.mu"], tensors[f"{name}.sigma"]) for name in ("train", "held_out")}
+        except (SafetensorError, OSError, KeyError) as error:
+            raise InputError(f"{path} is damaged ({error}); restore the folder pretrained_models/emoji") from None

@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tstitch.errors import InputError
 
 
-def inception_score(probs: np.ndarray, split_size: int = 5000) -> float:
-    """exp(E KL(p(y|x) || p(y))), Salimans et al. 2016, arXiv:1606.03498, averaged over splits.
+class InceptionScore:
+    """exp(E KL(p(y|x) || p(y))), Salimans et al. 2016, arXiv:1606.03498, averaged over splits; memory does not grow with the number of rows.
 
     Args:
-        probs: class probabilities (N, K), rows sum to 1.
         split_size: rows of a split, taken in order; a last, shorter one counts as much as the others, as in ADM.
     """
-    scores = []
-    for start in range(0, len(probs), split_size):
-        part = np.asarray(probs[start : start + split_size], dtype=np.float64)
-        divergence = part * (np.log(part) - np.log(part.mean(axis=0, keepdims=True)))
-        scores.append(np.exp(divergence.sum(axis=1).mean()))
-    return float(np.mean(scores))
+
+    def __init__(self, split_size: int = 5000) -> None:
+        self.split_size = split_size
+        self._done: list[float] = []
+        self._open: list[np.ndarray] = []  # of the split being filled: number of rows, sum of p, sum of p log p
+
+    def update(self, probs: np.ndarray | Tensor) -> None:
+        """Add class probabilities (N, K), rows sum to 1."""
+        rest = np.asarray(torch.as_tensor(probs).cpu(), dtype=np.float64)
+        while len(rest):
+            room = self.split_size - (self._open[0] if self._open else 0)
+            part, rest = rest[:room], rest[room:]
+            sums = [len(part), part.sum(axis=0), _plogp(part)]
+            self._open = [a + b for a, b in zip(self._open, sums, strict=True)] if self._open else sums
+            if self._open[0] == self.split_size:
+                self._done.append(self._score())
+                self._open = []
+
+    def _score(self) -> float:
+        """Score of the open split: the mean of KL(p_i || mean p) is mean(sum p_i log p_i) - sum(mean p log mean p)."""
+        count, total, plogp = self._open
+        return float(np.exp(plogp / count - _plogp(total / count)))
+
+    def __len__(self) -> int:
+        """Number of rows so far."""
+        return len(self._done) * self.split_size + (self._open[0] if self._open else 0)
+
+    @property
+    def value(self) -> float:
+        """Mean over the splits."""
+        return float(np.mean([*self._done, self._score()] if self._open else self._done))
+
+
+def _plogp(p: np.ndarray) -> float:
+    # 0 log 0 is 0: float32 probabilities may underflow.
+    return float((p * np.log(np.where(p > 0, p, 1))).sum())
+
+
+def inception_score(probs: np.ndarray | Tensor, split_size: int = 5000) -> float:
+    """`InceptionScore` of class probabilities (N, K) that are all at hand."""
+    score = InceptionScore(split_size)
+    score.update(probs)
+    return score.value
 
 
 def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
@@ -33,7 +72,12 @@ def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
 def manifold_radii(features: Tensor, k: int = 3, block: int = 2000) -> Tensor:
     """Squared distance of each feature vector (N, D) to its k-th nearest neighbour, itself not counted; (N,), float64."""
     # The smallest distance is that to itself, so the k-th neighbour is the (k + 1)-th smallest.
-    return torch.cat([_squared_distances(part, features).kthvalue(k + 1, dim=1).values for part in features.split(block)])
+    return torch.cat([_squared_distances(part, features).kthvalue(k + 1, dim=1).values for part in _blocks(features, block, "neighbours")])
+
+
+def _blocks(features: Tensor, block: int, what: str) -> Iterable[Tensor]:
+    parts = features.split(block)
+    return tqdm(parts, desc=what, unit="block", leave=False, disable=len(parts) < 5)
 
 
 def precision_recall(ref: Tensor | np.ndarray, samples: Tensor | np.ndarray, k: int = 3, block: int = 2000) -> tuple[float, float]:
@@ -54,9 +98,9 @@ def precision_recall(ref: Tensor | np.ndarray, samples: Tensor | np.ndarray, k: 
     if min(len(ref), len(samples)) <= k:
         raise InputError(f"precision and recall with k={k} need more than {k} vectors, got {len(ref)} and {len(samples)}")
     radii_ref, radii_samples = manifold_radii(ref, k, block), manifold_radii(samples, k, block)
-    inside_ref = torch.zeros(len(samples), dtype=torch.bool)
+    inside_ref = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     inside_samples = []
-    for part in ref.split(block):
+    for part in _blocks(ref, block, "precision and recall"):
         start = sum(len(x) for x in inside_samples)
         distances = _squared_distances(part, samples)
         inside_ref |= (distances <= radii_ref[start : start + len(part), None]).any(dim=0)
