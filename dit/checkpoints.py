@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from dit.models import DiT, DiT_models
-from tstitch.checkpoints import load_strict, read_weights
+from tstitch.checkpoints import load_strict, read_checkpoint
+from tstitch.checkpoints.convert import as_published
 from tstitch.cli import SamplingPlan
 from tstitch.errors import InputError
 from tstitch.presets import DenoiserFile
@@ -36,43 +37,47 @@ def build_dit(name: str, **arguments: Any) -> DiT:  # noqa: ANN401  (the argumen
     raise InputError(f"unknown model '{name}'; choose from {', '.join(DIT_CONFIGS)}")
 
 
-def load_dit(path: str | Path, name: str | None = None, **arguments: Any) -> DiT:  # noqa: ANN401  (the arguments of DiT)
+def load_dit(path: str | Path, name: str | None = None, **told: Any) -> DiT:  # noqa: ANN401  (what as_published may be told)
     """Load weights in eval mode, float32.
 
     Args:
-        path: safetensors of ours, whose header says what the model is, or a published .pt.
-        name: model size; needed for a file that does not say, checked against one that does.
-        arguments: input_size, num_classes and so on for a file that does not say.
+        path: safetensors of ours, or a checkpoint of DiT, fast-DiT, GTA, SiT, REPA or diffusers.
+        name: model size that it must have; needed for an unpublished size whose file does not say its heads.
+        told: input_size, num_classes and so on, for what neither the file nor its trainer says.
 
     Raises:
-        InputError: if the file cannot be read, is of another size than `name`, says nothing and no name is given, or does not fit.
+        InputError: if the file cannot be read, is no DiT or of another size than `name`, or something has to be told.
     """
-    state, config = read_weights(path)
-    if not config and name is None:
-        raise InputError(f"{path} does not say which model it is; name its size")
-    try:
-        model = DiT(**config) if config else build_dit(name, **arguments)
-    except TypeError:
-        raise InputError(f"{path} is not a DiT: its header has {', '.join(sorted(config))}; pass a file that dit/train.py exported") from None
-    if config and name is not None:
+    wanted: dict[str, Any] = {}
+    if name is not None:
         with torch.device("meta"):
             wanted = build_dit(name).config
-        differ = [f"{key} {config[key]}, {name} has {wanted[key]}" for key in ("patch_size", "hidden_size", "depth", "num_heads") if config[key] != wanted[key]]
-        if differ:
-            raise InputError(f"{path} is a model of another size ({'; '.join(differ)}); pass weights of {name}")
-    load_strict(model, state, path)
+        told = {"num_heads": wanted["num_heads"]} | told
+    checkpoint = read_checkpoint(path)
+    if "path_type" in checkpoint.arguments:
+        raise InputError(f"{path} was trained as a SiT, whose time and output differ; a diffusion solver cannot sample it, pass a DiT")
+    published = as_published(checkpoint, **told)
+    sizes = ("patch_size", "hidden_size", "depth", "num_heads") if wanted else ()
+    differ = [f"{key} {published.config[key]}, {name} has {wanted[key]}" for key in sizes if published.config[key] != wanted[key]]
+    if differ:
+        raise InputError(f"{path} is a model of another size ({'; '.join(differ)}); pass weights of {name}")
+    try:
+        model = DiT(**published.config)
+    except TypeError:
+        raise InputError(f"{path} is not a DiT: its header has {', '.join(sorted(published.config))}; pass a file that dit/train.py exported") from None
+    load_strict(model, published.state, path)
     return model.eval()
 
 
-def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile]) -> list[DiT]:
-    """Load the denoisers of a sampling plan onto its device, in its number type.
+def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile], posenc: str | None = None) -> list[DiT]:
+    """Load the denoisers of a sampling plan onto its device, in its number type; `posenc` counts where a file does not say its position encoding.
 
     Raises:
         InputError: if a file is missing or damaged, or was trained for other pictures or classes.
     """
     denoisers = []
     for file in files:
-        model = load_dit(file.path, file.model, input_size=plan.latent_size, num_classes=plan.num_classes)
+        model = load_dit(file.path, file.model, input_size=plan.latent_size, num_classes=plan.num_classes, posenc=posenc)
         if model.latent_shape[1] != plan.latent_size:
             trained = model.latent_shape[1] * plan.preset.downsampling
             raise InputError(f"{file.path} was trained for {trained}x{trained} pictures, not {plan.image_size}x{plan.image_size}; pass --image-size {trained}")

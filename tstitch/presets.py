@@ -1,8 +1,8 @@
-"""Named model sets: which files are the small, the base and the large denoiser, and how their samples are usually made."""
+"""Named model sets, and named recipes: which files are the small, the base and the large denoiser, and how published numbers were made with them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tstitch.errors import InputError
@@ -86,6 +86,107 @@ PRESETS = {
         _imagenet(512),
     )
 }
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Published quality, as the evaluator of ADM measures it; None where it was not published."""
+
+    fid: float
+    sfid: float | None = None
+    inception_score: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in asdict(self).items() if value is not None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a published number was made: one model, its sampler, its pictures, what they were compared with, and what came out."""
+
+    name: str
+    preset: str
+    model: str
+    solver: str
+    num_sampling_steps: int
+    cfg_scale: float
+    num_images: int
+    reference: str  # ADM's reference batch
+    published: Metrics
+    source: str
+    cfg_channels: int | None = 3
+    vae: str = "stabilityai/sd-vae-ft-ema"
+
+    def fill(self, preset: Preset) -> Preset:
+        """The preset with the recipe's values for its defaults.
+
+        Raises:
+            InputError: if it is another preset than the recipe's.
+        """
+        if preset.name != self.preset:
+            raise InputError(f"recipe {self.name} belongs to preset {self.preset}, not {preset.name}; leave --preset out")
+        return replace(preset, num_sampling_steps=self.num_sampling_steps, cfg_scale=self.cfg_scale, cfg_channels=self.cfg_channels, vae=self.vae)
+
+
+def _dit_paper(size: int, cfg_scale: float, *metrics: float) -> Recipe:
+    resolution = "" if size == 256 else f"-{size}"
+    return Recipe(
+        name=f"dit-xl-2{resolution}-cfg{cfg_scale:g}",
+        preset=f"imagenet{size}",
+        model="DiT-XL/2",
+        solver="ddpm",
+        num_sampling_steps=250,
+        cfg_scale=cfg_scale,
+        num_images=50_000,
+        reference="VIRTUAL_imagenet256_labeled.npz" if size == 256 else "VIRTUAL_imagenet512.npz",
+        published=Metrics(*metrics),
+        source=f"Peebles and Xie 2022, arXiv:2212.09748, Table {2 if size == 256 else 3}",
+    )
+
+
+def _t_stitch(letter: str, fid: float) -> Recipe:
+    return Recipe(
+        name=f"t-stitch-dit-{letter.lower()}",
+        preset="imagenet256",
+        model=f"DiT-{letter}/2",
+        solver="ddim",
+        num_sampling_steps=100,
+        cfg_scale=1.5,
+        num_images=5_000,
+        reference="VIRTUAL_imagenet256_labeled.npz",
+        published=Metrics(fid),
+        source="Pan et al. 2024, arXiv:2402.14167, and NVlabs/T-Stitch, dit/README.md",
+    )
+
+
+# An FID of 5,000 pictures and one of 50,000 are not comparable.
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        _dit_paper(256, 1.5, 2.27, 4.60, 278.24, 0.83, 0.57),
+        _dit_paper(256, 1.25, 3.22, 5.28, 201.77, 0.76, 0.62),
+        _dit_paper(256, 1.0, 9.62, 6.85, 121.50, 0.67, 0.67),
+        _dit_paper(512, 1.5, 3.04, 5.02, 240.82, 0.84, 0.54),
+        _dit_paper(512, 1.25, 4.64, 5.77, 174.77, 0.81, 0.57),
+        _dit_paper(512, 1.0, 12.03, 7.12, 105.25, 0.75, 0.64),
+        _t_stitch("S", 33.46),
+        _t_stitch("B", 12.30),
+        _t_stitch("XL", 9.2),
+    )
+}
+
+
+def get_recipe(name: str) -> Recipe:
+    """Look a recipe up.
+
+    Raises:
+        InputError: if there is none of that name.
+    """
+    if name not in RECIPES:
+        raise InputError(f"unknown recipe '{name}'; choose from {', '.join(RECIPES)}")
+    return RECIPES[name]
 
 
 def get_preset(name: str) -> Preset:

@@ -1,0 +1,115 @@
+"""What is in a checkpoint, and any supported checkpoint as one of ours: published names, configuration in the header."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tstitch.checkpoints.layouts import config_from_shapes, hints_from, model_name, published_shapes, sincos_position_embedding, to_published
+from tstitch.checkpoints.weights import Checkpoint, check_shapes, file_hash, read_checkpoint, save_weights
+from tstitch.errors import InputError
+from tstitch.files import check_folder
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights under the published DiT names, the constructor arguments that fit them, and what was done to get there."""
+
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    notes: list[str]
+
+
+def as_published(checkpoint: Checkpoint, use: str | None = None, **told: Any) -> Published:  # noqa: ANN401  (the keywords of config_from_shapes)
+    """Bring a DiT, fast-DiT, GTA, SiT, REPA or diffusers checkpoint to the published names; ours are returned as they are.
+
+    Args:
+        use: "ema" or "model"; None takes the moving average where there is one.
+        told: num_heads, input_size, num_classes, posenc; they count where neither the file nor its trainer says.
+
+    Raises:
+        InputError: if the tensors are not those of a DiT, or something has to be told.
+    """
+    state = checkpoint.state(use)
+    if checkpoint.config:
+        try:
+            check_shapes(published_shapes(checkpoint.config), state, checkpoint.path)
+        except KeyError:
+            raise InputError(f"{checkpoint.path} is not a DiT: its header has {', '.join(sorted(checkpoint.config))}; pass weights of a DiT") from None
+        return Published(state, checkpoint.config, [])
+    layout, state, notes = to_published(state)
+    if layout is None:
+        raise InputError(f"{checkpoint.path} is not a DiT: it has {', '.join(list(state)[:2])}, ...; pass weights of DiT, GTA, SiT, REPA or diffusers' DiT")
+    told |= hints_from(checkpoint.arguments)
+    if layout == "diffusers":
+        _add_position_embedding(checkpoint, state, told)
+        notes.append("diffusers spaces the frequencies of time a little differently from DiT: right for a DiT's weights, not for a model trained in diffusers")
+    try:
+        config = config_from_shapes(state, **told)
+    except InputError as error:
+        raise InputError(f"{checkpoint.path}: {error}") from None
+    check_shapes(published_shapes(config), state, checkpoint.path)
+    if "path_type" in checkpoint.arguments:
+        notes.append(f"trained as a SiT ({checkpoint.arguments.get('prediction', 'velocity')} of a flow, time in 0..1): a diffusion solver cannot sample it")
+    return Published(state, config, notes)
+
+
+def _add_position_embedding(checkpoint: Checkpoint, state: dict[str, Tensor], told: dict[str, Any]) -> None:
+    activation = checkpoint.arguments.get("activation_fn", "gelu-approximate")
+    if activation != "gelu-approximate":
+        raise InputError(f"{checkpoint.path} has the activation {activation}, a DiT has gelu-approximate; it cannot be converted")
+    if told.get("input_size") is None:
+        raise InputError(f"{checkpoint.path}: the file does not tell the size of the latents; keep diffusers' config.json beside it, or pass --input-size")
+    hidden, _, patch, _ = state["x_embedder.proj.weight"].shape
+    state["pos_embed"] = sincos_position_embedding(hidden, told["input_size"] // patch)
+
+
+def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32, use: str | None = None, **told: Any) -> Published:  # noqa: ANN401
+    """Write a checkpoint as safetensors with its configuration; arguments as in `as_published`.
+
+    Raises:
+        InputError: if it cannot be read or converted, contradicts what was told, or `out` is no .safetensors; then nothing is written.
+    """
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out {out} must end in .safetensors; the configuration lives in that format's header")
+    check_folder(out.parent)
+    published = as_published(read_checkpoint(path), use, **told)
+    wrong = [f"{key} is {published.config[key]}, not {value}" for key, value in told.items() if value not in (None, published.config[key])]
+    if wrong:
+        raise InputError(f"{path} says itself that {', '.join(wrong)}; leave that out")
+    width, heads = published.config["hidden_size"], published.config["num_heads"]
+    if width % heads:
+        raise InputError(f"{path}: width {width} is not divisible by {heads} heads; pass another --num-heads")
+    save_weights(out, published.state, published.config, dtype)
+    return published
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Say what is in a checkpoint file: plain values, in the order in which they are shown.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.state()
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
+    found = {
+        "file": str(path),
+        "layout": "ours" if checkpoint.config else to_published(state)[0] or "unknown",
+        "holds": [*checkpoint.weights, *checkpoint.others],
+        "step": checkpoint.step,
+        "tensors": len(state),
+        "parameters": sum(value.numel() for value in state.values()),
+        "dtype": dtypes,
+        "bytes": path.stat().st_size,
+        "sha256": file_hash(path),
+    }
+    try:
+        published = as_published(checkpoint)
+        return found | {"model": model_name(published.config), "config": published.config, "notes": published.notes}
+    except InputError as error:
+        return found | {"model": None, "config": None, "notes": [str(error)]}
