@@ -19,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
 from tstitch.autoencoder import Autoencoder
-from tstitch.cli import SamplingPlan, add_sampling_args, new_parser, run, sampling_plan
+from tstitch.cli import add_sampling_args, add_stitch_args, new_parser, run, sampling_plan, stitched_files
 from tstitch.files import check_folder
-from tstitch.presets import DenoiserFile
-from tstitch.schedule import RULES, StitchSchedule, two_way_ratios
+from tstitch.schedule import StitchSchedule, two_way_ratios
 from tstitch.tradeoff import compare, save, table
 
 
@@ -33,9 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     stitch.add_argument("--ratio", type=float, default=0.5, help="the small model's share of the steps, 0..1")
     stitch.add_argument("--all_tradeoffs", action="store_true", help="ratios 0.0, 0.1, ..., 1.0")
     stitch.add_argument("--three_combo", type=float, nargs=3, metavar=("SMALL", "BASE", "LARGE"), help="shares of three models, sum 1")
-    parser.add_argument("--switch-by", choices=RULES[:2], default="step", help="share of the steps, or of the training timesteps (the published DiT rule)")
-    for flag, size in (("s", "small"), ("b", "base"), ("xl", "large")):
-        parser.add_argument(f"--{flag}_ckpt", type=Path, help=f"weights of the {size} model (default: the preset's)")
+    add_stitch_args(parser)
     parser.add_argument("--save_dir", type=Path, help="folder to write (default: figures/seed_SEED)")
     add_sampling_args(parser)
     return parser.parse_args(argv)
@@ -50,19 +47,12 @@ def choose_schedules(args: argparse.Namespace) -> list[StitchSchedule]:
     return [StitchSchedule.from_ratio(args.ratio, switch_by=args.switch_by)]
 
 
-def choose_files(args: argparse.Namespace, plan: SamplingPlan) -> list[DenoiserFile]:
-    """Small and large, or all three, with the paths of the command line in place of the preset's."""
-    given = (args.s_ckpt, args.b_ckpt, args.xl_ckpt)
-    files = [replace(file, path=path) if path else file for file, path in zip(plan.preset.denoisers, given, strict=True)]
-    return files if args.three_combo else [files[0], files[2]]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Check, load, sample, save."""
     args = parse_args(argv)
     schedules = choose_schedules(args)
     plan = sampling_plan(args)
-    files = choose_files(args, plan)
+    files = stitched_files(args, plan, three=bool(args.three_combo))
     folder = args.save_dir or Path("figures") / f"seed_{args.seed}"
     check_folder(folder)
     denoisers = load_denoisers(plan, files)

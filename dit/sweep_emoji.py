@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,14 +29,15 @@ from tstitch.checkpoints import file_hash
 from tstitch.cli import SamplingPlan, add_sampling_args, new_parser, positive_int, run, sampling_plan
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder, read_json, write_json
-from tstitch.metrics import FeatureStatistics
-from tstitch.metrics.emoji import EmojiFeatures, fd_emoji, gather, load_extractor, load_reference
+from tstitch.generate import walk
+from tstitch.metrics import FeatureStatistics, frechet_distance
+from tstitch.metrics.emoji import EmojiExtractor
+from tstitch.metrics.extractors import create_extractor, gather
 from tstitch.noise import SampleNoise
 from tstitch.plots import plot_tradeoff
 from tstitch.presets import ROOT
 from tstitch.results import markdown_table
 from tstitch.schedule import StitchSchedule, two_way_ratios
-from tstitch.sweep import sample_many
 from tstitch.tune import measure_step_seconds, predict_seconds
 
 # Shares of small, base and large in fifths: every mix in which all three take part.
@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def restore(work_dir: Path, config: dict, schedules: list[StitchSchedule]) -> tuple[int, list[FeatureStatistics]]:
     """Images done and statistics so far."""
-    statistics = [FeatureStatistics(EmojiFeatures.dim) for _ in schedules]
+    statistics = [FeatureStatistics(EmojiExtractor.dim) for _ in schedules]
     if not (work_dir / "statistics.safetensors").exists():
         write_json(work_dir / "config.json", config)
         return 0, statistics
@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     schedules = ratios + [StitchSchedule(shares) for shares in THREE_MODEL_MIXES]
     denoisers = load_denoisers(plan, plan.preset.denoisers)
     autoencoder = Autoencoder(plan.vae, plan.device)
-    extractor, reference = load_extractor(args.models, plan.device), load_reference(args.models)
+    extractor = create_extractor("emoji", plan.device, args.models)
+    reference = extractor.references()
     config = {
         "settings": plan.settings,
         "weights": {file.letter: file_hash(file.path) for file in plan.preset.denoisers}
@@ -126,21 +127,6 @@ def main(argv: list[str] | None = None) -> None:
     show(args.out.with_suffix(".png"), rows, len(ratios))
 
 
-def walk(plan: SamplingPlan, denoisers: list[DiT], schedules: list[StitchSchedule], start: int, stop: int) -> list[Tensor]:
-    """Latents of images start..stop-1, one tensor (stop - start, C, h, w) for each schedule."""
-    noise = SampleNoise(plan.noise.seeds[start:stop])
-    return sample_many(
-        denoisers,
-        noise.latents(denoisers[0].latent_shape, plan.device),
-        plan.labels[start:stop].to(plan.device),
-        schedules=schedules,
-        solver=plan.solver,
-        guidance=plan.guidance,
-        noise=noise,
-        max_batch=plan.max_batch,
-    )
-
-
 def measure(plan: SamplingPlan, denoisers: list[DiT]) -> list[float]:
     """Seconds of a step of each denoiser, for 8 images."""
     noise = SampleNoise(range(8))
@@ -158,7 +144,7 @@ def make_rows(
     """One row for each schedule; the first one is the large model alone, which the others are compared with."""
     letters = [file.letter for file in plan.preset.denoisers]
     seconds = [predict_seconds(schedule, plan.solver, step_seconds) for schedule in schedules]
-    quality = [{name: fd_emoji(gathered, reference[name]) for name in reference} for gathered in statistics]
+    quality = [{name: frechet_distance(gathered.mean, gathered.covariance, *reference[name]) for name in reference} for gathered in statistics]
     return [
         {
             "schedule": schedule.to_json(),

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tstitch.autoencoder import NAMED_VAES
 from tstitch.diffusion import create_diffusion
 from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
 from tstitch.noise import SampleNoise
-from tstitch.presets import PRESETS, Preset, get_preset
+from tstitch.presets import PRESETS, RECIPES, DenoiserFile, Preset, Recipe, get_preset, get_recipe
+from tstitch.schedule import RULES
 from tstitch.solvers import SOLVERS, Solver, create_solver
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The published ImageNet samples for FID were made so; the demos of the same models show 50 steps at scale 4.
+FID_DEFAULTS = {name: {"num_sampling_steps": 250, "cfg_scale": 1.5, "vae": NAMED_VAES["ema"]} for name in ("imagenet256", "imagenet512")}
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keep the docstring's line breaks and show defaults."""
+    """Keep the docstring's line breaks and show defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -50,13 +59,15 @@ def run(main: Callable[[], None]) -> None:
 
 
 def parse_device(name: str) -> torch.device:
-    """Read --device: auto (cuda, then mps, then cpu) or a torch device name.
+    """Read --device: auto (cuda, then mps, then cpu) or a torch device name; under torchrun each process gets the GPU of its own local rank.
 
     Raises:
         InputError: if torch knows no such device or it is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -67,23 +78,35 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def add_sampling_args(parser: argparse.ArgumentParser) -> None:
-    """Add the words that every sampling script shares; `sampling_plan` reads them."""
+def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False) -> None:
+    """Add the words that every sampling script shares; `sampling_plan` reads them. With `fid`, count and seed have the names of the published generators."""
+    labels_help = "classes 0..num_classes-1, which repeat (default: drawn from each picture's seed)" if fid else "one class for each picture, 0..num_classes-1"
     group = parser.add_argument_group("sampling (defaults come from the preset)")
     group.add_argument("--preset", metavar="NAME", help=f"model set: {', '.join(PRESETS)} (default: imagenet of --image-size)")
+    group.add_argument("--recipe", metavar="NAME", help=f"how a published number was made, for the defaults of all that follows: {', '.join(RECIPES)}")
     group.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width of the pictures, a multiple of the latents' and patches' size")
     group.add_argument("--num-classes", type=int, help="number of classes; the null label is this number")
-    group.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help="one class for each picture, 0..num_classes-1")
-    group.add_argument("--num-images", type=int, help="how many pictures; the labels repeat (default: one for each label)")
+    group.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help=labels_help)
+    if fid:
+        group.add_argument("--num-fid-samples", dest="num_images", type=positive_int, metavar="N", help="pictures of each schedule (default: 50000)")
+    else:
+        group.add_argument("--num-images", type=int, help="how many pictures; the labels repeat (default: one for each label)")
     group.add_argument("--num-sampling-steps", type=int, metavar="N", help="solver steps, 1..1000 (a single one is taken at t = 0, as published)")
-    group.add_argument("--solver", default="ddim", metavar="NAME", help=f"one of {', '.join(SOLVERS)}")
+    group.add_argument("--solver", metavar="NAME", help=f"one of {', '.join(SOLVERS)} (default: ddim; ddpm in dit/sample_ddp.py)")
     group.add_argument("--cfg-scale", type=float, help="uncond + scale * (cond - uncond); 1 turns guidance off")
     group.add_argument("--cfg-channels", metavar="N|all", help="how many latent channels are guided; published DiT samples guide 3 of 4")
-    group.add_argument("--seed", type=int, default=0, help="picture i is made from seed + i alone")
+    group.add_argument("--global-seed" if fid else "--seed", dest="seed", type=int, default=0, metavar="SEED", help="picture i is made from seed + i alone")
     group.add_argument("--max-batch", type=positive_int, default=64, metavar="N", help="most pictures in one denoiser call, before guidance doubles them")
     group.add_argument("--vae", help="mse or ema (the Stable Diffusion autoencoders), a folder in diffusers format, or a hub name")
     group.add_argument("--dtype", choices=DTYPES, default="fp32", help="number type of the denoisers' weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def add_stitch_args(parser: argparse.ArgumentParser) -> None:
+    """Add what every stitching script shares: the rule that cuts a trajectory, and the weights; `stitched_files` reads the latter."""
+    parser.add_argument("--switch-by", choices=RULES[:2], default="step", help="share of the steps, or of the training timesteps (the published DiT rule)")
+    for flag, size in (("s", "small"), ("b", "base"), ("xl", "large")):
+        parser.add_argument(f"--{flag}_ckpt", type=Path, help=f"weights of the {size} model (default: the preset's)")
 
 
 @dataclass(frozen=True)
@@ -101,6 +124,7 @@ class SamplingPlan:
     device: torch.device
     dtype: torch.dtype
     max_batch: int
+    recipe: Recipe | None = None
 
     @property
     def latent_size(self) -> int:
@@ -110,24 +134,34 @@ class SamplingPlan:
     @property
     def settings(self) -> dict[str, object]:
         """What two results must have in common to be compared."""
-        return {
-            "preset": self.preset.name, "image_size": self.image_size, "solver": type(self.solver).__name__,
-            "num_steps": self.solver.num_steps, "spacing": "even", "cfg_scale": self.guidance.scale, "cfg_channels": self.guidance.channels or "all",
+        settings: dict[str, object] = {
+            "preset": self.preset.name, "image_size": self.image_size, "solver": type(self.solver).__name__, "num_steps": self.solver.num_steps,
+            "spacing": "even", "cfg_scale": self.guidance.scale, "cfg_channels": self.guidance.channels or "all",
         }  # fmt: skip
+        return settings | ({"recipe": self.recipe.name} if self.recipe else {})
 
 
 def _given(value: object, default: object) -> object:
     return default if value is None else value
 
 
-def sampling_plan(args: argparse.Namespace) -> SamplingPlan:
-    """Check the sampling arguments before anything is loaded, and fill in the preset's values.
+def sampling_plan(args: argparse.Namespace, *, fid: bool = False, solver: str = "ddim") -> SamplingPlan:
+    """Check the sampling arguments before anything is loaded, and fill in the recipe's and the preset's values.
+
+    Args:
+        args: what `add_sampling_args` asked for.
+        fid: take FID_DEFAULTS over the preset's values, and draw labels that nobody gave from the samples' own seeds.
+        solver: the script's default.
 
     Raises:
         InputError: for the first argument that cannot be used.
     """
-    image_size = _given(args.image_size, 256)
-    preset = get_preset(args.preset) if args.preset else get_preset("imagenet512" if image_size == 512 else "imagenet256")
+    recipe = get_recipe(args.recipe) if args.recipe else None
+    preset = get_preset(args.preset or (recipe.preset if recipe else "imagenet512" if args.image_size == 512 else "imagenet256"))
+    if fid:
+        preset = replace(preset, **FID_DEFAULTS.get(preset.name, {}))
+    if recipe:
+        preset, solver = recipe.fill(preset), recipe.solver
     image_size = _given(args.image_size, preset.image_size)
     if image_size < 1 or image_size % preset.downsampling:
         raise InputError(f"--image-size {image_size} is not divisible by {preset.downsampling}, the pixels per latent; choose a multiple")
@@ -138,29 +172,32 @@ def sampling_plan(args: argparse.Namespace) -> SamplingPlan:
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong:
         raise InputError(f"class labels {wrong} are out of range; choose from 0..{num_classes - 1}")
-    count = _given(args.num_images, len(labels))
+    count = _given(args.num_images, (recipe.num_images if recipe else 50_000) if fid else len(labels))
     if count < 1:
-        raise InputError(f"--num-images must be at least 1, got {count}")
+        raise InputError(f"the number of pictures must be at least 1, got {count}")
     num_steps = _given(args.num_sampling_steps, preset.num_sampling_steps)
     if not 1 <= num_steps <= 1000:
         raise InputError(f"--num-sampling-steps must lie in 1..1000, got {num_steps}")
     if args.seed < 0:
-        raise InputError(f"--seed must not be negative, got {args.seed}")
+        raise InputError(f"the seed must not be negative, got {args.seed}")
     cfg_scale = _given(args.cfg_scale, preset.cfg_scale)
     if not math.isfinite(cfg_scale):
         raise InputError(f"--cfg-scale must be a finite number, got {cfg_scale}")
+    noise = SampleNoise(range(args.seed, args.seed + count))
+    drawn = fid and args.class_labels is None
     return SamplingPlan(
         preset=preset,
         image_size=image_size,
         num_classes=num_classes,
-        labels=torch.tensor([labels[i % len(labels)] for i in range(count)]),
-        noise=SampleNoise(range(args.seed, args.seed + count)),
-        solver=create_solver(args.solver, create_diffusion(str(num_steps))),
+        labels=noise.labels(num_classes) if drawn else torch.tensor([labels[i % len(labels)] for i in range(count)]),
+        noise=noise,
+        solver=create_solver(_given(args.solver, solver), create_diffusion(str(num_steps))),
         guidance=ClassifierFreeGuidance(cfg_scale, num_classes, _parse_channels(args.cfg_channels, preset)),
-        vae={"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}.get(args.vae, args.vae or preset.vae),
+        vae=NAMED_VAES.get(args.vae, args.vae or preset.vae),
         device=parse_device(args.device),
         dtype=DTYPES[args.dtype],
-        max_batch=args.max_batch,
+        max_batch=args.max_batch or args.per_proc_batch_size,
+        recipe=recipe,
     )
 
 
@@ -170,3 +207,30 @@ def _parse_channels(text: str | None, preset: Preset) -> int | None:
     if text != "all" and not text.isdigit():
         raise InputError(f"--cfg-channels is a number or 'all', got '{text}'")
     return None if text == "all" else int(text)
+
+
+def add_model_args(parser: argparse.ArgumentParser, models: Iterable[str]) -> None:
+    """Add the words of scripts with one model; `choose_file` reads them."""
+    parser.add_argument("--model", metavar="NAME", help=f"model size: {', '.join(models)} (default: the preset's largest)")
+    parser.add_argument("--ckpt", type=Path, help="weights (default: the preset's for that model)")
+    parser.add_argument("--posenc", choices=["rope", "gta"], help="position encoding of a GTA checkpoint that does not say it")
+
+
+def choose_file(args: argparse.Namespace, plan: SamplingPlan) -> DenoiserFile:
+    """The one model that --model and --ckpt ask for: the recipe's, or the preset's largest, and the preset's weights unless given.
+
+    Raises:
+        InputError: if there are no weights for that model.
+    """
+    known = {file.model: file for file in plan.preset.denoisers}
+    name = args.model or (plan.recipe.model if plan.recipe else plan.preset.denoisers[-1].model)
+    if args.ckpt is None and name not in known:
+        raise InputError(f"preset {plan.preset.name} has no weights for {name}; pass --ckpt, or choose from {', '.join(known)}")
+    return known[name] if args.ckpt is None else DenoiserFile(name, name, args.ckpt)
+
+
+def stitched_files(args: argparse.Namespace, plan: SamplingPlan, three: bool) -> list[DenoiserFile]:
+    """Small and large, or all three, with the paths of the command line in place of the preset's."""
+    given = (args.s_ckpt, args.b_ckpt, args.xl_ckpt)
+    files = [replace(file, path=path) if path else file for file, path in zip(plan.preset.denoisers, given, strict=True)]
+    return files if three else [files[0], files[2]]

@@ -1,0 +1,327 @@
+"""Generate pictures for FID: a range of seeds in, one ADM .npz for each schedule out, on any number of processes.
+
+Picture i is made from global seed + i alone, to the last bit. A matrix product rounds differently in a batch of another size, so batches are fixed by
+number: chunk c is pictures c*B ... c*B+B-1, walked along all schedules as one tree by whichever rank has it. So 1 rank and 64 ranks, and a run that was
+killed and resumed, write the same bytes. B and the list of schedules belong to a sweep's identity, and so do the kind of device and, on CPUs, the
+threads of a rank (OMP_NUM_THREADS, else 1): they decide in which order floats are summed. The number of ranks does not.
+
+A chunk is on disk for all schedules before it is marked; after a kill, what has no mark is made again. Ranks meet only to agree that their input is
+usable; otherwise they share a folder, on a disk that all machines see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from tstitch.autoencoder import Autoencoder, weights_file
+from tstitch.checkpoints import file_hash
+from tstitch.cli import SamplingPlan, add_sampling_args, positive_int
+from tstitch.errors import InputError
+from tstitch.files import atomic_path, check_folder, read_json, write_json
+from tstitch.noise import SampleNoise
+from tstitch.plots import save_image
+from tstitch.presets import DenoiserFile
+from tstitch.schedule import StitchSchedule
+from tstitch.sweep import sample_many
+
+WAITING_CHUNKS = 2  # sampled, but not yet on disk; bounds memory
+
+
+def add_generation_args(parser: argparse.ArgumentParser, sample_dir: Path) -> None:
+    """Add the words that the generators share; `sampling_plan(args, fid=True)` and `generate` read them."""
+    parser.add_argument("--sample-dir", type=Path, default=sample_dir, help="folder to write, on a disk that all processes share")
+    parser.add_argument(
+        "--per-proc-batch-size", type=positive_int, default=32, metavar="B", help="pictures that a process walks together; part of what decides the last bit"
+    )
+    parser.add_argument("--png", action="store_true", help="write every picture as a PNG too")
+    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 matrix products on GPUs: faster, less exact")
+    add_sampling_args(parser, fid=True)
+    parser.set_defaults(max_batch=None)  # one branch of the tree at a time, so that B bounds memory
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share the work: this one's number and how many there are."""
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401  (whatever pickles)
+        """Each rank's value, in the order of ranks; waits for all of them."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """Run a block that may refuse its input: what one rank refuses, all refuse with that rank's sentence, so that none waits for it in vain."""
+        refusal = None
+        try:
+            yield
+        except InputError as error:
+            refusal = str(error)
+        for message in self.gather(refusal):
+            if message is not None:
+                raise InputError(message)
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Join the other processes of torchrun; without torchrun there is one rank."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks(0, 1)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+class SampleFolder:
+    """A sweep on disk.
+
+    config.json says what it is. `name`.npz (arr_0, uint8 N x H x W x 3) and `name`.json are a finished schedule. work/ is there until all are finished:
+    `name`.u8 has the pictures of a schedule back to back, done/ an empty file for each chunk whose pictures are on disk.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], count: int, image_size: int, batch: int, png: bool = False) -> None:
+        self.folder, self.names, self.png = folder, names, png
+        self.shape = (count, image_size, image_size, 3)
+        self.chunks = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+        self.work, self.marks = folder / "work", folder / "work" / "done"
+
+    def npz(self, name: str) -> Path:
+        """Finished pictures of a schedule."""
+        return self.folder / f"{name}.npz"
+
+    def _pixels(self, name: str) -> Path:
+        return self.work / f"{name}.u8"
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Schedules that have no .npz yet."""
+        return [name for name in self.names if not self.npz(name).exists()]
+
+    def _begun(self) -> bool:
+        return all(self._pixels(name).exists() for name in self.unfinished)
+
+    def left(self) -> list[int]:
+        """Chunks that are still to be made."""
+        if not self.unfinished:
+            return []
+        done = {path.name for path in self.marks.glob("*")} if self._begun() else set()
+        return [c for c in range(len(self.chunks)) if f"{c:06d}" not in done]
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Refuse a folder that belongs to another run.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        path = self.folder / "config.json"
+        if path.exists():
+            found = read_json(path)
+            differ = [key for key in config if not isinstance(found, dict) or found.get(key) != config[key]]
+            if differ:
+                raise InputError(f"{self.folder} holds another sweep (other {', '.join(differ)}); remove it or choose another --sample-dir")
+        elif any(self.npz(name).exists() for name in self.names):
+            raise InputError(f"{self.folder} holds samples of unknown settings (no config.json); choose another --sample-dir")
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Prepare for the chunks that are left."""
+        write_json(self.folder / "config.json", config)
+        if not self._begun():
+            shutil.rmtree(self.work, ignore_errors=True)  # marks of pictures that are not there
+        self.marks.mkdir(parents=True, exist_ok=True)
+        for name in self.names:
+            self._pixels(name).touch()
+
+    def write(self, chunk: int, images: Iterable[Tensor]) -> None:
+        """Store a chunk, uint8 (n, 3, H, W) for each schedule, then mark it."""
+        numbers = self.chunks[chunk]
+        for name, pictures in zip(self.names, images, strict=True):
+            pixels = pictures.permute(0, 2, 3, 1).contiguous().numpy()
+            # Not memory-mapped: over a network disk, two machines that map one file undo each other's pages; and a full disk would be a crash.
+            with open(os.open(self._pixels(name), os.O_WRONLY), "wb") as file:
+                file.seek(numbers.start * pixels[0].nbytes)
+                file.write(pixels.data)
+                file.flush()
+                os.fsync(file.fileno())
+            if self.png:
+                for i, picture in zip(numbers, pixels, strict=True):
+                    save_image(self.folder / name / f"{i:06d}.png", Image.fromarray(picture))
+        (self.marks / f"{chunk:06d}").touch()
+
+    def finish(self, config: dict[str, Any]) -> None:
+        """Make the .npz files, equal pictures giving equal bytes, and remove work/; memory does not grow with N."""
+        if not self.unfinished and not self.work.exists():
+            return
+        for left_by_a_kill in self.folder.rglob(".*.tmp.*"):
+            left_by_a_kill.unlink()
+        for name in tqdm(self.unfinished, desc="writing", unit="file"):
+            write_json(self.folder / f"{name}.json", {key: config[key] for key in config if key != "schedules"} | config["schedules"][name])
+            # zipfile dates an entry of ZipInfo 1980, so that the bytes do not tell when they were written.
+            with (
+                atomic_path(self.npz(name)) as temporary,
+                zipfile.ZipFile(temporary, "w") as archive,
+                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry,
+                open(self._pixels(name), "rb") as pixels,
+            ):
+                np.lib.format.write_array_header_1_0(entry, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
+                shutil.copyfileobj(pixels, entry, 2**20)
+            self._pixels(name).unlink()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+
+def file_names(schedules: Sequence[StitchSchedule], files: Sequence[DenoiserFile]) -> dict[str, StitchSchedule]:
+    """Name the schedules for their files: ratio_0.30 with two models, S0.4_B0.2_XL0.4 with more.
+
+    Raises:
+        InputError: if two schedules are the same.
+    """
+    named: dict[str, StitchSchedule] = {}
+    for schedule in schedules:
+        shares = [f"{share:.10g}" for share in schedule.fractions]
+        if len(files) == 2:
+            name = f"ratio_{shares[0]}" if len(shares[0]) > 4 else f"ratio_{schedule.fractions[0]:.2f}"
+        else:
+            name = "_".join(f"{files[k].letter}{share}" for k, share in zip(schedule.order, shares, strict=True))
+        if name in named:
+            raise InputError(f"{name} is asked for twice; name each schedule once")
+        named[name] = schedule
+    return named
+
+
+def walk(plan: SamplingPlan, denoisers: Sequence[Any], schedules: Sequence[StitchSchedule], start: int, stop: int) -> list[Tensor]:
+    """Latents of pictures start..stop-1, one tensor (stop - start, C, h, w) for each schedule; the denoisers have a latent_shape (C, h, w)."""
+    noise = SampleNoise(plan.noise.seeds[start:stop])
+    return sample_many(
+        denoisers,
+        noise.latents(denoisers[0].latent_shape, plan.device),
+        plan.labels[start:stop].to(plan.device),
+        schedules=schedules,
+        solver=plan.solver,
+        guidance=plan.guidance,
+        noise=noise,
+        max_batch=plan.max_batch,
+    )
+
+
+def describe(args: argparse.Namespace, plan: SamplingPlan, files: Sequence[DenoiserFile], schedules: dict[str, StitchSchedule]) -> dict[str, Any]:
+    """What decides the bytes of a sweep, and makes its results comparable; the number of ranks is not in it."""
+    vae, letters = weights_file(plan.vae), [file.letter for file in files]
+    return {
+        "settings": plan.settings,
+        "models": {file.letter: file.model for file in files},
+        "posenc": getattr(args, "posenc", None),  # of a file that does not say it
+        "weights": {file.letter: file_hash(file.path) for file in files} | {"vae": file_hash(vae) if vae.exists() else plan.vae},
+        "schedules": {name: {"schedule": schedule.to_json(), "name": schedule.describe(letters)} for name, schedule in schedules.items()},
+        "num_images": len(plan.labels),
+        "seed": args.seed,
+        "class_labels": args.class_labels,  # None: drawn from each picture's own seed
+        "dtype": args.dtype,
+        "tf32": args.tf32,
+        "per_proc_batch_size": args.per_proc_batch_size,
+        "max_batch": plan.max_batch,
+        "png": args.png,
+        "device": plan.device.type,
+        "threads": torch.get_num_threads() if plan.device.type == "cpu" else None,
+        "torch": torch.__version__,
+    }
+
+
+def generate(
+    ranks: Ranks,
+    args: argparse.Namespace,
+    plan: SamplingPlan,
+    files: Sequence[DenoiserFile],
+    schedules: dict[str, StitchSchedule],
+    load: Callable[[SamplingPlan, Sequence[DenoiserFile]], Sequence[Any]],
+) -> None:
+    """Make the pictures of every schedule and write them to --sample-dir; every rank calls it.
+
+    Args:
+        args: what `add_generation_args` asked for.
+        schedules: file name -> schedule over the denoisers of `files`.
+        load: called as load(plan, files), gives the denoisers.
+
+    Raises:
+        InputError: on all ranks, if weights are unusable or the folder belongs to another sweep.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # what torchrun sets for its processes
+    folder = SampleFolder(args.sample_dir, list(schedules), len(plan.labels), plan.image_size, args.per_proc_batch_size, args.png)
+    main = ranks.rank == 0
+    left = ranks.gather(folder.left() if main else None)[0]
+    config: dict[str, Any] = {}
+    with ranks.agree():
+        if main:
+            check_folder(args.sample_dir)
+        if left:
+            denoisers, autoencoder = load(plan, files), Autoencoder(plan.vae, plan.device)
+            autoencoder.check_fit(denoisers[0].latent_shape, plan.image_size)
+        if main:
+            config = describe(args, plan, files, schedules)
+            folder.check(config)
+    if left:
+        with ranks.agree():
+            if main:
+                folder.begin(config)
+        with ranks.agree():
+            if not folder.marks.is_dir():
+                raise InputError(f"rank {ranks.rank} does not see {folder.work}; choose a --sample-dir on a disk that all machines share")
+        latents = ((c, walk(plan, denoisers, list(schedules.values()), folder.chunks[c].start, folder.chunks[c].stop)) for c in left[ranks.rank :: ranks.size])
+        store(ranks, folder, latents, autoencoder)
+    if main:
+        folder.finish(config)
+        print(f"{args.sample_dir}: {len(schedules)} x {len(plan.labels)} pictures")
+        if plan.recipe:
+            print(f"recipe {plan.recipe.name}: against {plan.recipe.reference}, {plan.recipe.published} was published ({plan.recipe.source})")
+
+
+def store(ranks: Ranks, folder: SampleFolder, latents: Iterable[tuple[int, list[Tensor]]], autoencoder: Autoencoder) -> None:
+    """Decode and write chunks beside the sampling of the next ones; rank 0 shows the progress of all ranks and waits for them."""
+    count = folder.shape[0]
+
+    def finished() -> int:
+        return (count - sum(len(folder.chunks[c]) for c in folder.left())) * len(folder.names)
+
+    waiting: deque[Future[None]] = deque()
+    total, start = count * len(folder.names), finished() if ranks.rank == 0 else 0
+    with (
+        ThreadPoolExecutor(1) as writer,
+        tqdm(total=total, initial=start, desc=folder.folder.name, unit="image", disable=ranks.rank != 0) as bar,
+    ):
+        for chunk, of_each_schedule in latents:
+            waiting.append(writer.submit(folder.write, chunk, (autoencoder.decode(x) for x in of_each_schedule)))
+            while len(waiting) > WAITING_CHUNKS:
+                waiting.popleft().result()
+            if ranks.rank == 0:
+                bar.update(finished() - bar.n)
+        for future in waiting:
+            future.result()
+        # Looked up, not met at a barrier, which would time out where one rank is slow.
+        while ranks.rank == 0 and bar.n < total:
+            bar.update(finished() - bar.n)
+            time.sleep(0.2)
