@@ -89,6 +89,56 @@ def plot_tradeoff(
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend()
+    _save_figure(path, figure)
+
+
+def plot_spectra(path: Path, powers: Tensor, timesteps: Sequence[int], *, ylabel: str, title: str = "") -> None:
+    """Draw radial power by step, dark for the first steps and bright for the last.
+
+    Args:
+        powers: (steps, R), at 0, 1, 2, ... cycles per picture.
+        timesteps: training timestep of each step, noisiest first.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(timesteps[-1], timesteps[0]), "plasma_r")
+    for power, t in zip(powers.tolist(), timesteps, strict=True):
+        axes.semilogy(power, color=scale.to_rgba(t), linewidth=1.5)
+    axes.axhline(1, color="black", linestyle="--", linewidth=1, label="white noise of unit variance")
+    axes.set(xlabel="spatial frequency, cycles per width of the latents", ylabel=ylabel, title=title)
+    axes.set_xlim(0, powers.shape[1] - 1)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.colorbar(scale, ax=axes, label="timestep of the step (1000: all noise)")
+    _save_figure(path, figure)
+
+
+def plot_bands(path: Path, curves: dict[str, tuple[Tensor, Tensor]], *, xlabel: str, ylabel: str, title: str = "") -> None:
+    """Draw means with their spread as a band: name -> (mean, spread), each (N,), at 1, 2, ..., N."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, (mean, spread) in curves.items():
+        steps = range(1, len(mean) + 1)
+        (line,) = axes.plot(steps, mean, "o-", label=name, markersize=3, linewidth=1.5)
+        axes.fill_between(steps, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save_figure(path, figure)
+
+
+def plot_curves(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], *, xlabel: str, log: bool = True) -> None:
+    """Draw curves in panels side by side: quantity -> name -> points (x, y)."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    for panel, (quantity, curves) in zip(axes[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            panel.plot(*zip(*points, strict=True), label=name, linewidth=1.2, marker="o" if len(points) < 30 else "", markersize=4)
+        panel.set(xlabel=xlabel, ylabel=quantity, yscale="log" if log else "linear")
+        panel.grid(alpha=0.3, which="both")
+        panel.legend()
+    _save_figure(path, figure)
+
+
+def _save_figure(path: Path, figure: plt.Figure) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
     plt.close(figure)
