@@ -13,7 +13,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from tstitch.checkpoints.layouts import SIZES
 from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
 
@@ -106,7 +108,8 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             if self.posenc == "gta":
                 v = rotate(v, cos, sin)
-        out = attend(q, k, v)  # (N, heads, T, d)
+        # Under autocast, norm and rotation answer in float32; the products shall be those of autocast's type.
+        out = attend(*(x.to(qkv.dtype) for x in (q, k, v)))  # (N, heads, T, d)
         if rotation is not None and self.posenc == "gta":
             out = rotate(out, cos, -sin)  # back into the frame of the query's token
         return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, D)
@@ -238,6 +241,7 @@ class DiT(nn.Module):
         self.in_channels, self.patch_size, self.num_classes = in_channels, patch_size, num_classes
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
         self.latent_shape = (in_channels, input_size, input_size)
+        self.gradient_checkpointing = False  # True: training keeps no activations inside blocks and computes them again, 1/3 more work for much less memory
         grid = input_size // patch_size
 
         if posenc == "abs":
@@ -296,8 +300,9 @@ class DiT(nn.Module):
         else:
             rotation = (self.rotation_cos.to(dtype), self.rotation_sin.to(dtype))  # (T, d / 2)
         c = self.t_embedder(t) + self.y_embedder(y)  # (N, D)
+        recompute = self.gradient_checkpointing and self.training
         for block in self.blocks:
-            h = block(h, c, rotation)  # (N, T, D)
+            h = checkpoint(block, h, c, rotation, use_reentrant=False) if recompute else block(h, c, rotation)  # (N, T, D)
         h = self.final_layer(h, c)  # (N, T, p * p * C_out)
         return self.unpatchify(h).to(x.dtype)  # (N, C_out, H, W)
 
@@ -318,10 +323,8 @@ class DiT(nn.Module):
         return torch.cat([guided, torch.cat([guided[:, :3], out[n:, 3:]], dim=1)])
 
 
-_SIZES = {"XL": (28, 1152, 16), "L": (24, 1024, 16), "B": (12, 768, 12), "S": (12, 384, 6)}  # depth, hidden size, heads
-
 DiT_models: dict[str, Callable[..., DiT]] = {
     f"DiT-{name}/{patch}": partial(DiT, depth=depth, hidden_size=width, patch_size=patch, num_heads=heads)
-    for name, (depth, width, heads) in _SIZES.items()
+    for name, (depth, width, heads) in reversed(SIZES.items())
     for patch in (2, 4, 8)
 }

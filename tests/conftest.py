@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dit.models import DiT
 
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the laws of training are bit for bit, which they are on a CPU
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from assets.emoji.emoji_data import load_drawings
 from assets.emoji.train_vae import build_vae, normalize_latents
 from dit import train
 from dit.checkpoints import load_dit
-from dit.models import LabelEmbedder
+from dit.models import DiT, LabelEmbedder
 from tstitch.checkpoints import read_weights
 from tstitch.data import FeatureStore, class_weights, write_features
-from tstitch.diffusion import create_diffusion
+from tstitch.diffusion import GaussianDiffusion, create_diffusion
 from tstitch.errors import InputError
 from tstitch.presets import ROOT
-from tstitch.training import EMA, JsonLines, checkpoint_files, cosine_lr, snr_weights, step_seed
+from tstitch.training import EMA, JsonLines, checkpoint_files, cosine_lr, draw_batch, snr_weights, step_seed
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(features: Path, folder: Path, steps: int, *more: str) -> list[str]:
     return [
         "--features-path", str(features), "--model", "emoji-small", "--max-steps", str(steps), "--global-batch-size", "8", "--lr", "1e-3",
-        "--results-dir", str(folder), "--ckpt-every", "3", "--log-every", "2", "--autoresume", *more,
+        "--results-dir", str(folder), "--ckpt-every", "3", "--log-every", "2", "--ema-decay", "0.999", "--autoresume", *more,
     ]  # fmt: skip
 
 
@@ -51,26 +55,126 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": tensor for part in ("model", "ema") for name, tensor in state[part].items()}
 
 
-def test_a_run_killed_at_any_step_resumes_to_the_same_weights_and_log(features: Path, tmp_path: Path) -> None:
-    steps = 60
-    train.main(arguments(features, tmp_path / "whole", steps))
-    command = [sys.executable, "dit/train.py", *arguments(features, tmp_path / "killed", steps)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def kill_after(command: list[str], reached: Callable[[], bool]) -> None:
+    """Start a process and SIGKILL it once `reached`; it must not end by itself."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
-        while not checkpoint_files(tmp_path / "killed" / "checkpoints"):
+        deadline = time.monotonic() + 300
+        while not reached():
             assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
+            time.sleep(0.005)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    reached = int(checkpoint_files(tmp_path / "killed" / "checkpoints")[-1].stem)
-    assert 0 < reached < steps
-    train.main(arguments(features, tmp_path / "killed", steps))
+
+
+def test_a_run_killed_three_times_resumes_to_the_same_weights_and_log(features: Path, tmp_path: Path) -> None:
+    more = ("--gradient-accumulation-steps", "2", "--lr-schedule", "cosine", "--clip-norm", "1")
+    command = [sys.executable, "dit/train.py", *arguments(features, tmp_path / "killed", 90, *more)]
+    train.main(arguments(features, tmp_path / "whole", 90, *more))
+    log = tmp_path / "killed" / "log.jsonl"
+    for step in sorted(random.Random(time.time_ns()).sample(range(5, 80), 3)):
+        kill_after(
+            command, lambda step=step: log.exists() and any(json.loads(line)["step"] >= step for line in log.read_text().splitlines(True) if "}\n" in line)
+        )
+    assert 0 < int(checkpoint_files(tmp_path / "killed" / "checkpoints")[-1].stem) < 90
+    train.main(arguments(features, tmp_path / "killed", 90, *more))
     whole, killed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed")
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("whole", "killed")]
-    assert [(row["step"], row["loss"]) for row in logs[0]] == [(row["step"], row["loss"]) for row in logs[1]]
+    assert [(row["step"], row["loss"], row["lr"]) for row in logs[0]] == [(row["step"], row["loss"], row["lr"]) for row in logs[1]]
+
+
+def test_gradient_checkpointing_changes_no_more_than_rounding(features: Path, tmp_path: Path) -> None:
+    train.main(arguments(features, tmp_path / "plain", 3))
+    train.main(arguments(features, tmp_path / "checkpointing", 3, "--gradient-checkpointing"))
+    plain, checkpointing = weights_of(tmp_path / "plain"), weights_of(tmp_path / "checkpointing")
+    assert all((plain[name] - checkpointing[name]).abs().max() < 1e-5 for name in plain)
+
+
+def test_two_processes_train_as_one_that_accumulates_twice(features: Path, tmp_path: Path) -> None:
+    train.main(arguments(features, tmp_path / "one", 6, "--gradient-accumulation-steps", "2"))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "dit/train.py",
+        *arguments(features, tmp_path / "two", 6),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert all((one[name] - two[name]).abs().max() < 1e-4 for name in one)
+    logs = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0])["loss"] for run in ("one", "two")]
+    assert abs(logs[0] - logs[1]) < 1e-4
+
+
+def test_sharded_parameters_train_average_and_resume_as_whole_ones() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, "tests/sharded_training.py"], cwd=ROOT, check=True, capture_output=True, text=True, env=one_thread)
+    assert done.stdout.split() == ["True"] * 4
+
+
+def test_a_published_checkpoint_goes_on_where_its_trainer_was(features: Path, tmp_path: Path) -> None:
+    """Keys model, ema, opt, args; the optimizer counts its parameters, the frozen pos_embed too."""
+    train.main(arguments(features, tmp_path / "first", 4))
+    state = torch.load(checkpoint_files(tmp_path / "first" / "checkpoints")[-1], weights_only=True)
+    numbers = {name: k for k, (name, _) in enumerate(DiT(**state["args"]["model_config"]).named_parameters())}
+    groups = [group | {"params": [numbers[name] for name in group["params"]]} for group in state["opt"]["param_groups"]]
+    opt = {"state": {numbers[name]: value for name, value in state["opt"]["state"].items()}, "param_groups": groups}
+    published = {"model": state["model"], "ema": state["ema"], "opt": opt, "args": argparse.Namespace(model="DiT-S/4")}
+    torch.save(published, tmp_path / "0000004.pt")
+    torch.save({"model": state["model"], "ema": state["ema"], "opt": state["opt"], "args": {}}, tmp_path / "ours.pt")
+    for name in ("0000004", "ours"):
+        train.main(arguments(features, tmp_path / name, 2, "--load-ckpt", str(tmp_path / f"{name}.pt")))
+    a, b = weights_of(tmp_path / "0000004"), weights_of(tmp_path / "ours")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    later = torch.load(checkpoint_files(tmp_path / "ours" / "checkpoints")[-1], weights_only=True)["opt"]["state"]["final_layer.linear.weight"]["step"]
+    assert later == 6  # Adam goes on counting
+    kept = torch.load(tmp_path / "0000004.pt", weights_only=False)["ema"]["final_layer.linear.weight"]
+    assert (a["ema.final_layer.linear.weight"] - kept).abs().max() < 0.01 * (a["model.final_layer.linear.weight"] - kept).abs().max() + 1e-6
+    with pytest.raises(InputError, match="--init-from"):
+        train.main(arguments(features, tmp_path / "no", 2, "--load-ckpt", str(ROOT / "pretrained_models" / "emoji" / "dit-small.safetensors")))
+
+
+def test_a_stitch_range_meets_only_its_own_timesteps(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    met = []
+    losses = GaussianDiffusion.training_losses
+    monkeypatch.setattr(GaussianDiffusion, "training_losses", lambda self, model, x_0, t, *a, **k: met.append(t) or losses(self, model, x_0, t, *a, **k))
+    train.main(arguments(features, tmp_path / "run", 30, "--stitch-range", "0", "0.4"))
+    t = torch.cat(met)
+    assert 600 <= t.min() <= 620 and 980 <= t.max() <= 999
+
+
+def test_pictures_train_without_extraction_and_any_number_of_processes_watches_them_alike(tmp_path: Path) -> None:
+    drawings = load_drawings(ROOT / "assets" / "emoji" / "sample64.npz", held_out=False)
+    for k in range(12):
+        folder = tmp_path / "pictures" / f"class{k % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawings.images[k].permute(1, 2, 0).numpy()).save(folder / f"{k}.png")
+    words = ["--data-path", str(tmp_path / "pictures"), "--image-size", "64", "--vae", str(ROOT / "pretrained_models" / "emoji" / "vae")]
+    words += ["--model", "emoji-small", "--posenc", "gta", "--global-batch-size", "6", "--epochs", "2", "--log-every", "1"]
+    words += ["--eval-every", "2", "--eval-extractor", "emoji", "--eval-images", "20", "--eval-batch-size", "8", "--eval-num-sampling-steps", "2"]
+    train.main([*words, "--results-dir", str(tmp_path / "one"), "--gradient-accumulation-steps", "2"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, "dit/train.py", *words, "--results-dir", str(tmp_path / "two")], cwd=ROOT, check=True, capture_output=True, env=one_thread)
+    one, two = ([json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two"))
+    assert [row["step"] for row in one if "loss" in row] == [1, 2, 3, 4] and [row["step"] for row in one if "fd_emoji" in row] == [2, 4]
+    distances = [[row["fd_emoji"] for row in rows if "fd_emoji" in row] for rows in (one, two)]
+    assert distances[1] == pytest.approx(distances[0], rel=1e-3)
+    assert sorted(path.name for path in (tmp_path / "two" / "previews").iterdir()) == ["0000002.png", "0000004.png"]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_what_the_plain_one_learns(features: Path, tmp_path: Path) -> None:
+    train.main(arguments(features, tmp_path / "plain", 10))
+    train.main(arguments(features, tmp_path / "compiled", 10, "--compile"))
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_second_round_starts_from_the_exported_average(features: Path, tmp_path: Path) -> None:
@@ -119,7 +223,8 @@ def test_labels_are_dropped_in_training_at_the_given_rate_and_never_in_evaluatio
 
 
 BAD_TRAINING = {
-    "--lr": "-1", "--adam-betas": "0.9 1.0", "--label-dropout": "1", "--ema-decay": "1.5", "--snr-gamma": "0", "--mixed-precision": "fp16",
+    "--stitch-range": "0.5 0.5", "--weight-decay": "-1", "--num-classes": "2", "--epochs": "3", "--eval-every": "-1", "--lr": "-1",
+    "--adam-betas": "0.9 1.0", "--label-dropout": "1", "--ema-decay": "1.5", "--snr-gamma": "0", "--mixed-precision": "fp16", "--export": "weights.pt",
 }  # fmt: skip
 
 
@@ -144,7 +249,7 @@ def test_normalised_latents_have_unit_variance_and_the_same_pictures() -> None:
     x = drawings.batch(torch.arange(8))
     with torch.no_grad():
         before = vae.decode(vae.encode(x).latent_dist.mean).sample
-        normalize_latents(vae, drawings)
+        normalize_latents(vae, drawings, num_draws=512)
         after = vae.decode(vae.encode(x).latent_dist.mean).sample
         weights = class_weights(drawings.labels, 1.0)
         moments = vae.encode(drawings.batch(torch.arange(len(drawings.labels)))).latent_dist
@@ -200,17 +305,33 @@ def test_step_seeds_differ_between_steps_seeds_and_ranks() -> None:
     assert len(seeds) > 39_990  # 32 bits: a few pairs may meet
 
 
-def test_the_average_of_a_constant_is_that_constant() -> None:
+def test_the_average_of_a_constant_is_that_constant_and_lending_it_leaves_no_trace() -> None:
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.9)
     for step in range(50):
         ema.update(model, step)
-    assert all(torch.equal(a, b) for a, b in zip(ema.model.parameters(), model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ema.average, model.parameters(), strict=True))
     with torch.no_grad():
         model.weight.fill_(1.0)
-    before = ema.model.weight.clone()
+    before = ema.average[0].clone()
     ema.update(model, 10_000)
-    torch.testing.assert_close(ema.model.weight, 0.9 * before + 0.1)
+    torch.testing.assert_close(ema.average[0], 0.9 * before + 0.1)
+    with ema.lent_to(model):
+        assert torch.equal(model.weight, ema.average[0])
+    assert (model.weight == 1.0).all()
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 45])
+def test_every_item_comes_once_an_epoch_however_the_batch_is_cut(size: int) -> None:
+    def epochs(parts: int) -> torch.Tensor:
+        steps = 20 * 60 // size // parts
+        return torch.cat([draw_batch(None, 20, step=s, part=p, num_parts=parts, size=size, seed=3) for s in range(steps) for p in range(parts)])
+
+    whole = epochs(1)
+    for epoch in whole[: len(whole) // 20 * 20].view(-1, 20):
+        assert torch.equal(epoch.sort().values, torch.arange(20))
+    assert not torch.equal(whole[:20], whole[20:40])
+    assert torch.equal(epochs(2), whole[: len(epochs(2))])
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:

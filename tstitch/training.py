@@ -1,16 +1,21 @@
 """What every trainer shares: a loop that survives a kill, EMA, atomic checkpoints.
 
-Everything random in step k comes from `step_seed(seed, k, rank)`: the batch, the timesteps, the noise, the dropped labels. So a resumed run draws what
-the undisturbed run would have drawn, and no generator state has to be stored.
+Everything random in step k comes from `step_seed(seed, k, part)`: the batch, the timesteps, the noise, the dropped labels. A part is what one process
+computes at once: with P processes that accumulate A times, the global batch has P * A parts. So a resumed run draws what the undisturbed run would have
+drawn, no generator state has to be stored, and two processes train as one that accumulates twice.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import math
+import pickle
+import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +23,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
+from tstitch.checkpoints import load_strict
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, write_json
 
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """Seed of one training step: a 32-bit mix of (seed, step, rank), so that neighbouring steps share no stream."""
-    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) & (2**64 - 1)
+
+def step_seed(seed: int, step: int, part: int = 0) -> int:
+    """Seed of one part of a training step: a 32-bit mix of (seed, step, part), so that neighbours share no stream."""
+    value = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part * 0x94D049BB133111EB) & (2**64 - 1)
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
     return (value ^ (value >> 31)) & 0xFFFFFFFF
@@ -51,23 +67,69 @@ def snr_weights(alphas_cumprod: np.ndarray, gamma: float | None) -> Tensor:
     return torch.from_numpy(np.minimum(snr, gamma) / snr).float()
 
 
+def draw_batch(weights: Tensor | None, num_items: int, *, step: int, part: int, num_parts: int, size: int, seed: int) -> Tensor:
+    """Items (size,) that part `part` of step `step` sees.
+
+    Without weights every item comes once an epoch, in an order that depends on (seed, epoch); batches run on across the end of an epoch. With weights
+    (num_items,) items are drawn with replacement, from torch's global generator.
+    """
+    if weights is not None:
+        return torch.multinomial(weights, size, replacement=True)
+    position = (step * num_parts + part) * size + torch.arange(size)
+    epochs = position // num_items
+    index = torch.empty(size, dtype=torch.long)
+    for epoch in epochs.unique().tolist():
+        index[epochs == epoch] = _epoch_order(num_items, seed, epoch)[position[epochs == epoch] % num_items]
+    return index
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_items: int, seed: int, epoch: int) -> Tensor:
+    """A permutation of the items; its seed is that of a step that no run has."""
+    return torch.randperm(num_items, generator=torch.Generator().manual_seed(step_seed(seed, -1 - epoch)))
+
+
 class EMA:
-    """Exponential moving average of a module's parameters; buffers are copied.
+    """Exponential moving average of a module's parameters; of sharded parameters, this process's shards.
 
     Early on the decay is (1 + step) / (10 + step), so that a short run is not an average with its random start.
+
+    Args:
+        warm_up: False for an average that goes on from another run, which shall not be forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
+    def __init__(self, model: nn.Module, decay: float, warm_up: bool = True) -> None:
+        self.average = [local(p).clone() for p in model.parameters()]
+        self.decay, self.warm_up = decay, warm_up
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move the average towards `model` after optimizer step number `step` (from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        for average, current in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(current)
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warm_up else self.decay
+        torch._foreach_lerp_(self.average, [local(p) for p in model.parameters()], 1 - decay)
+
+    @contextmanager
+    def lent_to(self, model: nn.Module) -> Iterator[None]:
+        """Let `model` hold the average inside a with block; its own parameters come back at the end, bit for bit."""
+        own = [local(p).clone() for p in model.parameters()]
+        try:
+            self._copy(self.average, model)
+            yield
+            # A forward pass may have left a sharded model's root whole; its shards are what is copied back.
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        finally:
+            self._copy(own, model)
+
+    @torch.no_grad()
+    def _copy(self, values: list[Tensor], model: nn.Module) -> None:
+        torch._foreach_copy_([local(p) for p in model.parameters()], values)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """Detached values of a parameter, or of this process's shard of it; shares its memory."""
+    return parameter.detach().to_local() if hasattr(parameter, "to_local") else parameter.detach()
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -104,13 +166,15 @@ class JsonLines:
 
 def fit(
     model: nn.Module,
-    losses: Callable[[nn.Module, int], dict[str, Tensor]],
+    losses: Callable[[nn.Module, int, int], dict[str, Tensor]],
     *,
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
     folder: Path,
     config: dict[str, Any],
     max_steps: int,
+    items_per_step: int,
+    accumulation: int = 1,
     lr_factor: Callable[[int], float] = lambda step: 1.0,
     ema_decay: float = 0.999,
     clip_norm: float | None = 1.0,
@@ -118,41 +182,44 @@ def fit(
     ckpt_every: int = 500,
     keep: int = 2,
     log_every: int = 50,
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    eval_every: int = 0,
     resume: bool = True,
-) -> nn.Module:
-    """Train `model` to `max_steps` and return its EMA; a run that was killed goes on from its newest checkpoint.
+    start_from: Callable[[], dict[str, Any]] | None = None,
+) -> dict[str, Tensor]:
+    """Train `model` to `max_steps`; a run that was killed goes on from its newest checkpoint.
 
     Args:
         model: the bare module; it is prepared (device, distribution, mixed precision) here.
-        losses: called as losses(model, step), returns scalars; "loss" is differentiated, all are logged. Runs under `step_seed`.
+        losses: called as losses(model, step, part), returns scalars; "loss" is differentiated, all are logged. Runs under `step_seed` of (step, part).
         folder: run folder, on a disk that all processes share; gets config.json, log.jsonl and checkpoints/{step:07d}.pt with keys model, ema, opt,
-            args, step, log (and scaler in fp16).
+            args, step, warm_up, log (and scaler in fp16).
         config: plain values that describe the run, "max_steps" among them; a folder begun with another config is refused. Only a run of constant
             "lr_schedule" may be made longer: any other would have learned differently from its first step.
+        items_per_step: global batch, for the rate that is shown.
+        accumulation: parts that a process computes one after another before each optimizer step; they share the work of a batch that does not fit.
         lr_factor: factor on the optimizer's learning rate for a step.
         clip_norm: largest gradient norm, None for no clipping.
+        evaluate: called by every process as evaluate(model that holds the EMA, in eval mode, step) after each `eval_every` steps; what it returns is logged.
         resume: False starts anew and refuses a folder that already holds checkpoints.
+        start_from: where a new run begins, called then: gives {"source", "model", "ema", "opt"}, a file and what another trainer wrote there; "ema" and
+            "opt" may be missing.
+
+    Returns:
+        The moving average as a full state dict on the CPU (empty on all processes but the first).
 
     Raises:
-        InputError: if the folder belongs to another run.
+        InputError: if the folder belongs to another run, or start_from to another model.
     """
     checkpoints = folder / "checkpoints"
-    config = config | {"max_steps": max_steps, "num_processes": accelerator.num_processes}
-    state = _resumable_state(checkpoints, config, resume)
-    ema = EMA(model, ema_decay)
+    precision = accelerator.mixed_precision
+    config = config | {"max_steps": max_steps, "num_processes": accelerator.num_processes, "accumulation": accumulation, "mixed_precision": precision}
+    state = _resumable_state(checkpoints, config, resume) or (start_from() if start_from else {})
     base_lrs = [group["lr"] for group in optimizer.param_groups]
-    start, count, sums = 0, 0, {}
-    if state is not None:
-        model.load_state_dict(state["model"])
-        ema.model.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["opt"])
-        start, count = state["step"], state["log"]["count"]
-        sums = {name: value.to(accelerator.device) for name, value in state["log"]["sums"].items()}
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-    ema.model.to(accelerator.device)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(prepared, keep_torch_compile=False)
+    prepared, optimizer, ema = _restore(state, model, optimizer, accelerator, ema_decay, state.get("source", checkpoints))
+    start, count, sums = state.get("step", 0), *state.get("log", (0, {}))
+    del state  # several times the model
+    sums = {name: value.to(accelerator.device) for name, value in sums.items()}
     main = accelerator.is_main_process
     log = JsonLines(folder / "log.jsonl", start) if main else None
     if main:
@@ -160,40 +227,116 @@ def fit(
         for left_by_a_kill in checkpoints.glob(".*.tmp.pt"):
             left_by_a_kill.unlink()
 
+    def write(row: dict[str, float], step: int) -> None:
+        accelerator.log(row, step=step)
+        if main and row:
+            log.write({"step": step, **{name: float(f"{value:.6g}") for name, value in row.items()}})
+
     bar = tqdm(total=max_steps, initial=start, desc=folder.name, unit="step", disable=not main, mininterval=1.0)
     since, rated = time.perf_counter(), start
     for step in range(start, max_steps):
-        torch.manual_seed(step_seed(seed, step, accelerator.process_index))
         for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
             group["lr"] = base * lr_factor(step)
-        terms = losses(prepared, step)
-        accelerator.backward(terms["loss"])
+        for k in range(accumulation):
+            part = accelerator.process_index * accumulation + k
+            torch.manual_seed(step_seed(seed, step, part))
+            with accelerator.no_sync(prepared) if k + 1 < accumulation else nullcontext():
+                terms = losses(prepared, step, part)
+                accelerator.backward(terms["loss"] / accumulation)
+            # Summed on the device: reading a loss at every step would stall a GPU.
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() / accumulation
         if clip_norm is not None:
-            terms["grad_norm"] = accelerator.clip_grad_norm_(prepared.parameters(), clip_norm)
+            norm = accelerator.clip_grad_norm_(prepared.parameters(), clip_norm)
+            sums["grad_norm"] = sums.get("grad_norm", 0) + (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update(bare, step)
-        # Summed on the device: reading a loss at every step would stall a GPU.
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0) + value.detach().float()
+        ema.update(prepared, step)
         done, count = step + 1, count + 1
         bar.update()
         if done % log_every == 0 or done == max_steps:
             row = {name: accelerator.reduce(value, "mean").item() / count for name, value in sums.items()}
             now = time.perf_counter()
-            if main:
-                log.write({"step": done, **{k: round(v, 6) for k, v in row.items()}, "steps_per_s": round((done - rated) / (now - since), 3)})
-                bar.set_postfix({k: f"{v:.4f}" for k, v in row.items()})
+            rate = (done - rated) / (now - since)
+            write(row | {"lr": optimizer.param_groups[0]["lr"], "steps_per_s": rate, "images_per_s": rate * items_per_step}, done)
+            shown = {name: f"{value:.4f}" for name, value in row.items()}
+            bar.set_postfix(shown | {"images/s": f"{rate * items_per_step:.0f}", "peak": f"{peak_memory(accelerator.device) / 2**30:.1f} GiB"})
             sums, count, since, rated = {}, 0, now, done
-        if main and (done % ckpt_every == 0 or done == max_steps):
-            state = {"model": bare.state_dict(), "ema": ema.model.state_dict(), "opt": optimizer.state_dict(), "args": config, "step": done}
-            state["log"] = {"count": count, "sums": sums}  # so that the next line of the log is the same after a resume
-            if accelerator.scaler is not None:
-                state["scaler"] = accelerator.scaler.state_dict()
-            save_checkpoint(checkpoints, done, state, keep)
+        if evaluate is not None and eval_every and (done % eval_every == 0 or done == max_steps):
+            began = time.perf_counter()
+            with ema.lent_to(prepared):
+                prepared.eval()
+                write(evaluate(accelerator.unwrap_model(prepared), done), done)
+                prepared.train()
+            since += time.perf_counter() - began  # the rate is that of training
+        # After the evaluation: a kill between the two repeats it, and does not lose it.
+        if done % ckpt_every == 0 or done == max_steps:
+            saved = {"model": full_state(prepared), "opt": get_optimizer_state_dict(prepared, optimizer.optimizer, options=FULL)}
+            with ema.lent_to(prepared):
+                saved["ema"] = full_state(prepared)
+            mean_sums = {name: accelerator.reduce(value, "mean") for name, value in sums.items()}
+            if main:
+                saved |= {"args": config, "step": done, "warm_up": ema.warm_up}
+                saved["log"] = (count, mean_sums)  # so that a resumed run writes the same next line
+                if accelerator.scaler is not None:
+                    saved["scaler"] = accelerator.scaler.state_dict()
+                save_checkpoint(checkpoints, done, saved, keep)
     bar.close()
+    with ema.lent_to(prepared):
+        average = full_state(prepared)
     accelerator.wait_for_everyone()
-    return ema.model
+    return average
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the whole state dict on the CPU, gathered from all shards; empty on all processes but the first."""
+    return {name: value.clone() for name, value in get_model_state_dict(model, options=FULL).items()}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: on a GPU those that torch allocated, on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux, in bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def named_optimizer_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """An optimizer's state dict with parameter names for keys; torch's own counts parameters, in the model's order.
+
+    Raises:
+        InputError: if it belongs to another model.
+    """
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if all(isinstance(number, str) for number in numbers):
+        return state
+    names = [name for name, _ in model.named_parameters()]
+    if len(numbers) != len(names):
+        raise InputError(f"the optimizer state is of {len(numbers)} parameters, the model has {len(names)}; pass the checkpoint of this model")
+    groups = [group | {"params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[number]: value for number, value in state["state"].items()}, "param_groups": groups}
+
+
+def _restore(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, ema_decay: float, source: str | Path
+) -> tuple[nn.Module, Any, EMA]:
+    """Prepare model and optimizer, with the weights, moving average and optimizer state that `state` has of them."""
+    ours = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    if state:
+        load_strict(model, state["model"], source)
+        load_strict(model, state.get("ema", state["model"]), source)  # the moving average starts from these
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMA(prepared, ema_decay, warm_up=state.get("warm_up", "ema" not in state))
+    whole = StateDictOptions(full_state_dict=True)
+    if state:
+        set_model_state_dict(prepared, dict(state["model"]), options=whole)
+    if "opt" in state:
+        set_optimizer_state_dict(prepared, optimizer.optimizer, named_optimizer_state(state["opt"], model), options=whole)
+        for group, values in zip(optimizer.param_groups, ours, strict=True):
+            group.update(values)  # the command line's, not the file's
+    if "scaler" in state and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return prepared, optimizer, ema
 
 
 def _resumable_state(checkpoints: Path, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
@@ -203,12 +346,16 @@ def _resumable_state(checkpoints: Path, config: dict[str, Any], resume: bool) ->
         return None
     if not resume:
         raise InputError(f"{checkpoints} already holds {len(files)} checkpoints; continue them with --autoresume or choose another --results-dir")
-    state = torch.load(files[-1], map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True)
+        began, step = dict(state["args"]), state["step"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError):
+        raise InputError(f"{files[-1]} is damaged or another trainer's; remove it, or pass it with --load-ckpt and choose another --results-dir") from None
     growing = {"max_steps"} if config.get("lr_schedule") == "constant" else set()
-    changed = sorted(k for k in (config.keys() | state["args"].keys()) - growing if config.get(k) != state["args"].get(k))
+    changed = sorted(k for k in (config.keys() | began.keys()) - growing if config.get(k) != began.get(k))
     if changed:
-        was = ", ".join(f"{k}={state['args'].get(k)!r}" for k in changed)
+        was = ", ".join(f"{k}={began.get(k)!r:.100}" for k in changed)
         raise InputError(f"{checkpoints} was begun with {was}; pass the same values or choose another --results-dir")
-    if state["step"] > config["max_steps"]:
-        raise InputError(f"{checkpoints} is at step {state['step']} already; pass a larger --max-steps or choose another --results-dir")
+    if step > config["max_steps"]:
+        raise InputError(f"{checkpoints} is at step {step} already; pass a larger --max-steps or choose another --results-dir")
     return state

@@ -9,14 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assets.emoji.emoji_data import DATASET, load_drawings
+from tstitch.autoencoder import Autoencoder
+from tstitch.checkpoints import file_hash
 from tstitch.cli import new_parser, run
 from tstitch.data import write_features
 from tstitch.presets import EMOJI_CLASSES
@@ -31,19 +31,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Encode and write; drawings are not mirrored, because flags and letters have a right side."""
     args = parse_args(argv)
     drawings = load_drawings(args.data, held_out=False)
-    vae = AutoencoderKL.from_pretrained(args.vae)
-    batches = torch.arange(len(drawings.labels)).split(64)
-    parameters = [vae.encode(drawings.batch(index)).latent_dist.parameters for index in tqdm(batches, desc="encode", unit="batch")]
-    moments = torch.cat(parameters).numpy()[:, None]
-    labels = np.asarray(drawings.labels)
-    write_features(args.out, moments, labels, num_classes=len(EMOJI_CLASSES), vae=str(args.vae), scaling_factor=vae.config.scaling_factor)
-    std = moments[:, 0, :4].std(axis=(0, 2, 3))
-    print(f"{len(labels)} features of shape {moments.shape[1:]} -> {args.out}; standard deviation of the means by channel {std.round(2)}")
+    vae = Autoencoder(args.vae)
+    moments = torch.cat([vae.encode(images, batch=64) for images in tqdm(drawings.images.split(64), desc="encode", unit="batch")])
+    write_features(
+        args.out, moments[:, None].numpy(), drawings.labels.numpy(), num_classes=len(EMOJI_CLASSES), class_names=EMOJI_CLASSES,
+        vae=vae.source, vae_hash=file_hash(vae.weights), scaling_factor=vae.scaling_factor,
+    )  # fmt: skip
+    std = moments[:, : vae.latent_channels].std(dim=(0, 2, 3))
+    print(f"{len(moments)} features of {moments.shape[1:]} -> {args.out}; standard deviation of the means by channel {std.numpy().round(2)}")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
 from torch import Tensor
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -27,8 +22,7 @@ from assets.emoji.emoji_data import DATASET, load_drawings
 from dit.checkpoints import load_denoisers
 from tstitch.autoencoder import Autoencoder
 from tstitch.cli import add_sampling_args, new_parser, run, sampling_plan
-from tstitch.files import atomic_path
-from tstitch.plots import image_grid, save_image
+from tstitch.plots import image_grid, plot_curves, save_image
 from tstitch.presets import ROOT
 from tstitch.sampling import sample
 from tstitch.schedule import StitchSchedule
@@ -54,18 +48,13 @@ def nearest(pictures: Tensor, drawings: Tensor) -> tuple[Tensor, Tensor]:
 
 def plot_losses(folder: Path) -> None:
     """Loss by training step from logs/dit-{model}-{round}.jsonl, a model's second round behind its first."""
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    curves = {}
     for model in ("small", "base", "large"):
-        rows, before = [], 0
+        curves[model], before = [], 0
         for log in sorted((folder / "logs").glob(f"dit-{model}-*.jsonl")):
-            rows += [(before + row["step"], row["loss"]) for row in map(json.loads, log.read_text().splitlines())]
-            before = rows[-1][0]
-        axes.plot(*zip(*rows, strict=True), label=model, linewidth=1)
-    axes.set(xlabel="training step", ylabel="loss (min-SNR weighted)", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    with atomic_path(folder / "loss.png") as temporary:
-        figure.savefig(temporary, dpi=120)
+            curves[model] += [(before + row["step"], row["loss"]) for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
+            before = curves[model][-1][0]
+    plot_curves(folder / "loss.png", {"loss (min-SNR weighted)": curves}, xlabel="training step")
 
 
 def main(argv: list[str] | None = None) -> None:

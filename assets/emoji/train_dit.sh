@@ -8,8 +8,8 @@ PYTHON=${PYTHON:-.venv/bin/python}
 train() { # run (model and round), steps, batch, precision, export, further flags
     local run="dit-$1"
     "$PYTHON" dit/train.py --features-path data/emoji/features --class-balance 0.5 --model "emoji-${1%-*}" --max-steps "$2" --global-batch-size "$3" \
-        --mixed-precision "$4" --lr 1e-3 --lr-schedule cosine --warmup-steps 200 --adam-betas 0.9 0.99 --snr-gamma 5 --ema-decay 0.999 \
-        --results-dir "runs/$run" --autoresume --export "$5" "${@:6}"
+        --mixed-precision "$4" --lr 1e-3 --lr-schedule cosine --warmup-steps 200 --adam-betas 0.9 0.99 --snr-gamma 5 --ema-decay 0.999 --clip-norm 1.0 \
+        --results-dir "runs/$run" --autoresume --ckpt-every 500 --log-every 50 --export "$5" "${@:6}"
     mkdir -p pretrained_models/emoji/logs
     cp "runs/$run/log.jsonl" "pretrained_models/emoji/logs/$run.jsonl"
 }

@@ -26,7 +26,8 @@ from tstitch.cli import new_parser, positive_int, run
 from tstitch.data import class_weights
 from tstitch.files import atomic_path
 from tstitch.metrics import frechet_distance
-from tstitch.metrics.emoji import EmojiFeatures, gather, load_extractor, load_reference
+from tstitch.metrics.emoji import EmojiFeatures
+from tstitch.metrics.extractors import create_extractor, gather
 from tstitch.training import cosine_lr, fit
 
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = class_weights(drawings.labels, 0.5)
     torch.manual_seed(args.seed)
 
-    def losses(model: nn.Module, step: int) -> dict[str, Tensor]:
+    def losses(model: nn.Module, step: int, part: int) -> dict[str, Tensor]:
         index = torch.multinomial(weights, args.batch_size, replacement=True)
         category, drawing_set = model(shifted(drawings.images[index], pixels=4))
         category_loss, set_loss = F.cross_entropy(category, drawings.labels[index]), F.cross_entropy(drawing_set, drawings.drawing_sets[index])
@@ -76,11 +77,14 @@ def main(argv: list[str] | None = None) -> None:
 
     model = EmojiFeatures()
     config = {k: getattr(args, k) for k in ("max_steps", "batch_size", "lr", "seed")}
-    network = fit(
+    average = fit(
         model, losses, accelerator=Accelerator(mixed_precision="bf16", cpu=True), folder=args.results_dir, config=config, max_steps=args.max_steps,
-        optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05), seed=args.seed,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05), seed=args.seed, items_per_step=args.batch_size,
         lr_factor=lambda step: cosine_lr(step, args.max_steps, warmup_steps=100), ema_decay=0.995,
     )  # fmt: skip
+    network = EmojiFeatures()
+    network.load_state_dict(average)
+    network.eval()
     category, drawing_set = accuracy(network, held_out)
     print(f"held-out accuracy: category {category:.3f}, drawing set {drawing_set:.3f}")
     if args.export:
@@ -90,14 +94,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def export_reference(folder: Path, drawings: Drawings, held_out: Drawings) -> None:
     """Write mean and covariance of the features of training and of held-out drawings, every class with the same weight."""
-    network = load_extractor(folder)  # what ships is what measures
+    extractor = create_extractor("emoji", folder=folder)  # what ships is what measures
     tensors = {}
     for name, part in (("train", drawings), ("held_out", held_out)):
-        statistics = gather(network, part.images, class_weights(part.labels, 1.0))
+        statistics = gather(extractor, part.images, class_weights(part.labels, 1.0))
         tensors |= {f"{name}.mu": statistics.mean, f"{name}.sigma": statistics.covariance}
     with atomic_path(folder / "reference.safetensors") as temporary:
         save_file(tensors, temporary)
-    reference = load_reference(folder)
+    reference = extractor.references()
     print(f"FD-emoji of the held-out drawings to the training drawings: {frechet_distance(*reference['held_out'], *reference['train']):.2f}")
 
 

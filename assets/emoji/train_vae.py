@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,7 +23,11 @@ from assets.emoji.emoji_data import DATASET, Drawings, load_drawings
 from tstitch.autoencoder import to_uint8
 from tstitch.cli import new_parser, positive_int, run
 from tstitch.data import class_weights
+from tstitch.torchvision_compat import prepare_torchvision
 from tstitch.training import cosine_lr, fit
+
+prepare_torchvision()
+from diffusers import AutoencoderKL
 
 
 def build_vae() -> AutoencoderKL:
@@ -77,13 +80,13 @@ def psnr(vae: AutoencoderKL, drawings: Drawings) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def normalize_latents(vae: AutoencoderKL, drawings: Drawings) -> None:
-    """Make every latent channel zero-mean and unit-variance over the drawings, by folding the change into the two 1x1 convolutions.
+def normalize_latents(vae: AutoencoderKL, drawings: Drawings, num_draws: int = 4096) -> None:
+    """Make every latent channel zero-mean and unit-variance over `num_draws` drawings, by folding the change into the two 1x1 convolutions.
 
     quant_conv maps encoder features to (mean, log variance) and post_quant_conv opens the decoder, so the pictures stay the same.
     """
     weights = class_weights(drawings.labels, 1.0)
-    index = torch.multinomial(weights, 4096, replacement=True, generator=torch.Generator().manual_seed(0))
+    index = torch.multinomial(weights, num_draws, replacement=True, generator=torch.Generator().manual_seed(0))
     moments = [vae.encode(drawings.batch(part)).latent_dist for part in index.split(64)]
     mean = torch.cat([m.mean for m in moments])
     variance = torch.cat([m.var for m in moments]).mean(dim=(0, 2, 3)) + mean.var(dim=(0, 2, 3))
@@ -129,17 +132,19 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = VAELoss(build_vae(), args.kl_weight).to(memory_format=torch.channels_last)
 
-    def losses(model: nn.Module, step: int) -> dict[str, Tensor]:
+    def losses(model: nn.Module, step: int, part: int) -> dict[str, Tensor]:
         index = torch.multinomial(weights, args.batch_size, replacement=True)
         return model(drawings.batch(index).to(accelerator.device, memory_format=torch.channels_last))
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     config = {k: getattr(args, k) for k in ("max_steps", "batch_size", "lr", "kl_weight", "mixed_precision", "seed")}
-    vae = fit(
-        model, losses, accelerator=accelerator, folder=args.results_dir, config=config, max_steps=args.max_steps, seed=args.seed,
+    average = fit(
+        model, losses, accelerator=accelerator, folder=args.results_dir, config=config, max_steps=args.max_steps, items_per_step=args.batch_size,
         optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0),
-        lr_factor=lambda step: cosine_lr(step, args.max_steps, warmup_steps=100), ema_decay=0.998,
-    ).vae.float().cpu()  # fmt: skip
+        lr_factor=lambda step: cosine_lr(step, args.max_steps, warmup_steps=100), ema_decay=0.998, seed=args.seed,
+    )  # fmt: skip
+    model.load_state_dict(average)
+    vae = model.vae.float().cpu().eval()
     if args.export:
         normalize_latents(vae, drawings)
         export(vae, args.export)

@@ -1,0 +1,212 @@
+"""The words of every trainer's command line, and what they amount to: data, steps, batches, a call of `fit`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tstitch.checkpoints import read_checkpoint, read_training_state, read_weights
+from tstitch.cli import positive_int
+from tstitch.data import Features, ImageLatents, class_weights, open_features
+from tstitch.errors import InputError
+from tstitch.files import check_folder
+from tstitch.pictures import ImageFolder
+from tstitch.training import cosine_lr, draw_batch, fit
+
+TRACKERS = ("none", "tensorboard", "wandb")
+
+
+def add_training_args(parser: argparse.ArgumentParser, results_dir: str) -> None:
+    """Add the words that every training script shares; `training_plan` reads them."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--features-path", type=Path, help="features from extract_features.py; the VAE is then not needed")
+    data.add_argument("--data-path", type=Path, help="folder of class folders of pictures, encoded while training (slower)")
+    data.add_argument("--image-size", type=positive_int, default=256, help="height and width the pictures are cropped to; with --data-path")
+    data.add_argument("--vae", default="ema", help="ema or mse (Stable Diffusion's), a diffusers folder or a hub name; with --data-path or --eval-every")
+    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures; with --data-path")
+    data.add_argument("--num-workers", type=positive_int, default=4, help="threads that read pictures, in each process; with --data-path")
+    data.add_argument("--class-balance", type=float, default=0.0, help="0: every item once an epoch; 1 draws classes evenly, 0.5 in between")
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--max-steps", type=positive_int, help="optimizer steps (default: 400000 where --epochs is not given)")
+    steps.add_argument("--epochs", type=positive_int, help="passes over the data, in place of --max-steps")
+    steps.add_argument("--global-batch-size", type=positive_int, default=256, help="items a step, over all processes and accumulated parts")
+    steps.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="parts that each process computes one after another")
+    steps.add_argument("--global-seed", type=int, default=0, help="seed of initialisation, batches, timesteps and noise")
+    learning = parser.add_argument_group("learning")
+    learning.add_argument("--lr", type=float, default=1e-4, help="peak learning rate, above 0")
+    learning.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up")
+    learning.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
+    learning.add_argument("--adam-betas", type=float, nargs=2, default=[0.9, 0.999], help="AdamW's moment decays, 0..1")
+    learning.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, at least 0")
+    learning.add_argument("--clip-norm", type=float, default=0.0, help="largest gradient norm; 0 for no clipping")
+    learning.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the moving average, 0..1")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--init-from", type=Path, metavar="FILE", help="start from these weights, not at random: a second round, or fine-tuning")
+    begin.add_argument("--load-ckpt", type=Path, metavar="FILE", help="start from another trainer's checkpoint (model, ema, opt: DiT, fast-DiT, GTA or ours)")
+    speed = parser.add_argument_group("speed and memory")
+    speed.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="autocast type (default: what accelerate launch says, or no)")
+    speed.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 for what stays float32 on a GPU")
+    speed.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice to keep fewer of them")
+    speed.add_argument("--compile", action="store_true", help="torch.compile the model: minutes at the start, faster steps")
+    run = parser.add_argument_group("run")
+    run.add_argument("--results-dir", type=Path, default=Path(results_dir), help="run folder")
+    run.add_argument("--autoresume", action="store_true", help="go on from the newest checkpoint in results-dir")
+    run.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
+    run.add_argument("--keep", type=positive_int, default=2, help="checkpoints to keep")
+    run.add_argument("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
+    run.add_argument("--report-to", choices=TRACKERS, default="none", help="also log there")
+    run.add_argument("--export", type=Path, metavar="FILE", help="write the moving average here at the end, fp16 safetensors")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Checked training arguments, with the data open."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    data: Features
+    weights: Tensor | None
+    max_steps: int
+    part_size: int
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a global batch: processes times accumulation."""
+        return self.accelerator.num_processes * self.args.gradient_accumulation_steps
+
+    def batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
+        """Latents (n, C, h, w) and labels (n,) of a part of a step, on the device."""
+        index = draw_batch(
+            self.weights, len(self.data), step=step, part=part, num_parts=self.num_parts, size=self.part_size, seed=self.args.global_seed
+        )  # fmt: skip
+        device = self.accelerator.device
+        return self.data.latents(index).to(device, non_blocking=True), self.data.labels[index].to(device, non_blocking=True)
+
+    def fit(
+        self,
+        model: nn.Module,
+        losses: Callable[[nn.Module, int, int], dict[str, Tensor]],
+        config: dict[str, Any],
+        evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+        eval_every: int = 0,
+    ) -> dict[str, Tensor]:
+        """Call `tstitch.training.fit` with what the command line asked for; `config` is what else describes the run, "model_config" among it."""
+        args = self.args
+        if args.compile:
+            model.compile()
+        self.accelerator.init_trackers(args.results_dir.name, config={k: str(v) for k, v in vars(args).items()})
+        average = fit(
+            model, losses, accelerator=self.accelerator, folder=args.results_dir, config=self._described() | config,
+            optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay),
+            lr_factor=lambda step: cosine_lr(step, self.max_steps, args.warmup_steps, floor=1.0 if args.lr_schedule == "constant" else 0.0),
+            max_steps=self.max_steps, items_per_step=args.global_batch_size, accumulation=args.gradient_accumulation_steps, ema_decay=args.ema_decay,
+            clip_norm=args.clip_norm or None, seed=args.global_seed, ckpt_every=args.ckpt_every, keep=args.keep, log_every=args.log_every,
+            evaluate=evaluate, eval_every=eval_every, resume=args.autoresume, start_from=self._start_from(config.get("model_config", {})),
+        )  # fmt: skip
+        self.accelerator.end_training()
+        return average
+
+    def _start_from(self, config: dict[str, Any]) -> Callable[[], dict[str, Any]] | None:
+        """Read --load-ckpt or --init-from, when it is needed; `config` is that of the model."""
+        path = self.args.load_ckpt or self.args.init_from
+        if path is None:
+            return None
+
+        def read() -> dict[str, Any]:
+            begin = read_training_state(path) if self.args.load_ckpt else {"model": read_weights(path)[0]}
+            said = read_checkpoint(path)
+            told = said.config or said.arguments
+            differ = [f"{key} {told[key]}, not {config[key]}" for key in ("posenc", "qk_norm", "num_heads") if key in told and told[key] != config.get(key)]
+            if differ:
+                raise InputError(f"{path} was trained with {', '.join(differ)}; pass the same values")
+            return {"source": path, **begin}
+
+        return read
+
+    def _described(self) -> dict[str, Any]:
+        """The arguments that decide what is learned; where files lie, and how often they are written, may change on a resume."""
+        described = (
+            "class_balance", "global_batch_size", "global_seed", "lr", "lr_schedule", "warmup_steps", "adam_betas", "weight_decay", "clip_norm", "ema_decay",
+            "tf32", "compile", "gradient_checkpointing",
+        )  # fmt: skip
+        data = {key: value for key, value in self.data.index.items() if key not in ("vae", "class_names")}  # the VAE's hash says which it is
+        return {key: getattr(self.args, key) for key in described} | {"data": data}
+
+
+def check_training_args(args: argparse.Namespace) -> None:
+    """Refuse values that would fail, or train nonsense, later.
+
+    Raises:
+        InputError: naming the flags.
+    """
+    ranges = {
+        "--lr": 0 < args.lr < math.inf,
+        "--adam-betas": all(0 <= beta < 1 for beta in args.adam_betas),
+        "--weight-decay": args.weight_decay >= 0,
+        "--ema-decay": 0 <= args.ema_decay < 1,
+        "--clip-norm": args.clip_norm >= 0,
+        "--class-balance": 0 <= args.class_balance <= 1,
+        "--warmup-steps": args.warmup_steps >= 0,
+    }
+    wrong = [flag for flag, right in ranges.items() if not right]
+    if wrong:
+        raise InputError(f"{', '.join(wrong)} out of range; --help gives the ranges")
+    if (args.features_path is None) == (args.data_path is None):
+        raise InputError("name the training data: either --features-path (from extract_features.py) or --data-path (a folder of class folders)")
+    if args.max_steps and args.epochs:
+        raise InputError("--max-steps and --epochs say the same thing; pass one of them")
+    if (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16" and not torch.cuda.is_available():
+        raise InputError("fp16 training needs a CUDA device; pass --mixed-precision bf16 or no")
+    if args.export is not None:
+        if args.export.suffix != ".safetensors":
+            raise InputError(f"--export writes safetensors, got {args.export}; name a .safetensors file")
+        check_folder(args.export.parent)
+    check_folder(args.results_dir)
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        raise InputError(f"--report-to {args.report_to} needs that package; pip install {args.report_to}, or leave it out: log.jsonl is always written")
+
+
+def training_plan(args: argparse.Namespace) -> TrainingPlan:
+    """Check the arguments, open the data, start the processes' group.
+
+    Raises:
+        InputError: for the first argument that cannot be used.
+    """
+    check_training_args(args)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, project_dir=args.results_dir, log_with=None if args.report_to == "none" else args.report_to,
+        cpu=world > 1 and not torch.cuda.is_available(),  # else accelerate would make each process a run of its own
+    )  # fmt: skip
+    if accelerator.num_processes != world:
+        raise InputError(f"{world} processes were started, but only {accelerator.num_processes} work together; start them with torchrun or accelerate launch")
+    parts = accelerator.num_processes * args.gradient_accumulation_steps
+    if args.global_batch_size % parts:
+        raise InputError(
+            f"--global-batch-size {args.global_batch_size} is not divisible by {parts}: {accelerator.num_processes} processes, "
+            f"{args.gradient_accumulation_steps} accumulated parts each"
+        )  # fmt: skip
+    if args.features_path:
+        data = open_features(args.features_path)
+    else:
+        data = ImageLatents(ImageFolder(args.data_path, args.image_size), args.vae, accelerator.device, args.num_workers, args.flip)
+    epoch_steps = len(data) / args.global_batch_size
+    return TrainingPlan(
+        args=args,
+        accelerator=accelerator,
+        data=data,
+        weights=class_weights(data.labels, args.class_balance) if args.class_balance else None,
+        max_steps=max(1, round(args.epochs * epoch_steps)) if args.epochs else args.max_steps or 400_000,
+        part_size=args.global_batch_size // parts,
+    )
