@@ -17,7 +17,7 @@ help:            ## show this list
 demo: .venv/.installed   ## 11 stitched ratios of the bundled emoji models -> figures/demo
 	$(BIN)/python dit/sample_t_stitch.py --preset emoji --all_tradeoffs --save_dir figures/demo
 
-test: .venv/.installed   ## the tests, a minute or two
+test: .venv/.installed   ## the tests, a few minutes
 	$(BIN)/python -m pytest -q
 
 test-slow: .venv/.installed   ## the tests that take minutes

@@ -83,9 +83,9 @@ def plot_tradeoff(
         joined = lines is None or name in lines
         axes.plot([p[0] for p in points], [p[1] for p in points], "o-" if joined else "D", label=name, markersize=5, linewidth=1.5)
         for cost, quality, label in points:
-            axes.annotate(label, (cost, quality), textcoords="offset points", xytext=(4, 5), fontsize=7)
+            axes.annotate(label, (cost, quality), textcoords="offset points", xytext=(4, 5 if joined else -11), fontsize=7)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.1 * max(p[0] for points in curves.values() for p in points))  # room for the last label
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend()
