@@ -33,6 +33,7 @@ from tstitch.cli import new_parser, parse_device, positive_int, run
 from tstitch.diffusion import create_diffusion
 from tstitch.files import write_json
 from tstitch.results import markdown_table
+from tstitch.torchvision_compat import prepare_torchvision
 from tstitch.training import EMA, peak_memory
 from tstitch.tune import wait_for
 
@@ -94,6 +95,7 @@ def make_step(args: argparse.Namespace, device: torch.device, variant: Variant, 
 
 def build(args: argparse.Namespace, device: torch.device) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The denoiser, and an autoencoder of the size asked for."""
+    prepare_torchvision()
     from diffusers import AutoencoderKL
 
     widths = [args.vae_channels * min(4, 2**k) for k in range(args.vae_blocks)]

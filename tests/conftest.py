@@ -17,7 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dit.models import DiT
+from tstitch.torchvision_compat import prepare_torchvision
 
+prepare_torchvision()  # tests import diffusers
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the laws of training are bit for bit, which they are on a CPU
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tstitch.errors import InputError
+from tstitch.torchvision_compat import prepare_torchvision
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}  # published depth, hidden size, heads
 
@@ -96,6 +97,7 @@ def _from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def sincos_position_embedding(width: int, grid: int) -> Tensor:
     """The position embedding that diffusers' DiT adds and does not store; float32 (1, grid * grid, width)."""
+    prepare_torchvision()
     from diffusers.models.embeddings import get_2d_sincos_pos_embed  # seconds to import
 
     return get_2d_sincos_pos_embed(width, grid, base_size=grid, output_type="pt").float().unsqueeze(0)
