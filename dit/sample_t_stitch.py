@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder.check_fit(denoisers[0].latent_shape, plan.image_size)
     comparison = compare(plan, denoisers, files, schedules, autoencoder)
     print(table(comparison))
+    if any(row.fd_emoji is not None for row in comparison.rows):
+        print(f"FD-emoji was measured before, over more pictures and perhaps in another number type: {plan.preset.results}")
     save(folder, plan, comparison)
     print(f"wrote {folder}")
 

@@ -90,9 +90,11 @@ def main(argv: list[str] | None = None) -> None:
 
     config = {"model_config": model.config, "snr_gamma": args.snr_gamma, "stitch_range": args.stitch_range}
     average = plan.fit(model, losses, config=config, evaluate=create_monitor(args, plan, model), eval_every=args.eval_every)
-    if args.export and plan.accelerator.is_main_process:
-        save_weights(args.export, average, model.config)
-        print(f"{args.model} after {plan.max_steps} steps of {args.global_batch_size} -> {args.export}")
+    if plan.accelerator.is_main_process:
+        print(f"{args.model} after {plan.max_steps} steps of {args.global_batch_size}: {args.results_dir}")
+        if args.export:
+            save_weights(args.export, average, model.config)
+            print(f"moving average -> {args.export}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
@@ -35,9 +36,9 @@ def measure_step_seconds(
     noise: Noise | None = None,
     repeats: int = 7,
 ) -> list[float]:
-    """Median seconds of one guided solver step of each denoiser for the batch x (N, C, H, W), y (N,).
+    """Seconds of one guided solver step of each denoiser for the batch x (N, C, H, W), y (N,): the least of `repeats`, since other work only adds time.
 
-    The denoisers take turns, so that a machine that slows down for a while slows all of them.
+    The denoisers take turns, so that a machine that slows down for a while slows all of them. Says so on stderr where other work disturbs too much.
     """
     guidances = guidance_for_each(guidance, len(denoisers))
     middle = solver.num_steps // 2
@@ -51,7 +52,9 @@ def measure_step_seconds(
             wait_for(x.device)
             if repeat > 0:  # the first round warms up
                 seconds[k].append(time.perf_counter() - start)
-    return [statistics.median(s) for s in seconds]
+    if any(statistics.median(s) > 1.5 * min(s) for s in seconds):
+        tqdm.write("warning: other work disturbs the clock; seconds and speed-ups are not to be trusted", file=sys.stderr)
+    return [min(s) for s in seconds]
 
 
 def predict_seconds(schedule: StitchSchedule, solver: Solver, step_seconds: Sequence[float]) -> float:

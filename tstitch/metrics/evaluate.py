@@ -116,7 +116,9 @@ def evaluate(
         where = extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
         metrics["precision"], metrics["recall"] = precision_recall(wanted.vectors.to(where), got.vectors.to(where), NEIGHBOURS)
     else:
-        notes.append(f"precision and recall were not measured: they need more than {NEIGHBOURS} images in both files")
+        notes.append(f"precision and recall were not measured: they need more than {NEIGHBOURS} images in both files, statistics do not do")
+    if len(ours) and len(ours) <= extractor.dim:
+        notes.append(f"{extractor.distance} of {len(ours)} images is too high: a covariance of {extractor.dim} features needs far more images than that")
     own = {
         "num_images": len(ours) or settings.get("num_images", "unknown"),
         "extractor": extractor.name,
