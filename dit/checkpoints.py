@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dit.models import DiT, DiT_models
-from tstitch.checkpoints import load_strict, read_checkpoint
+from tstitch.checkpoints import read_checkpoint
 from tstitch.checkpoints.convert import as_published
 from tstitch.cli import SamplingPlan
 from tstitch.errors import InputError
@@ -54,19 +54,14 @@ def load_dit(path: str | Path, name: str | None = None, **told: Any) -> DiT:  # 
             wanted = build_dit(name).config
         told = {"num_heads": wanted["num_heads"]} | told
     checkpoint = read_checkpoint(path)
-    if "path_type" in checkpoint.arguments:
+    if "path_type" in checkpoint.arguments | checkpoint.config:
         raise InputError(f"{path} was trained as a SiT, whose time and output differ; a diffusion solver cannot sample it, pass a DiT")
     published = as_published(checkpoint, **told)
     sizes = ("patch_size", "hidden_size", "depth", "num_heads") if wanted else ()
     differ = [f"{key} {published.config[key]}, {name} has {wanted[key]}" for key in sizes if published.config[key] != wanted[key]]
     if differ:
         raise InputError(f"{path} is a model of another size ({'; '.join(differ)}); pass weights of {name}")
-    try:
-        model = DiT(**published.config)
-    except TypeError:
-        raise InputError(f"{path} is not a DiT: its header has {', '.join(sorted(published.config))}; pass a file that dit/train.py exported") from None
-    load_strict(model, published.state, path)
-    return model.eval()
+    return DiT.from_published(published, path)
 
 
 def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile], posenc: str | None = None) -> list[DiT]:
@@ -78,12 +73,6 @@ def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile], posenc: st
     denoisers = []
     for file in files:
         model = load_dit(file.path, file.model, input_size=plan.latent_size, num_classes=plan.num_classes, posenc=posenc)
-        if model.latent_shape[1] != plan.latent_size:
-            trained = model.latent_shape[1] * plan.preset.downsampling
-            raise InputError(f"{file.path} was trained for {trained}x{trained} pictures, not {plan.image_size}x{plan.image_size}; pass --image-size {trained}")
-        if model.num_classes != plan.num_classes:
-            raise InputError(f"{file.path} was trained for {model.num_classes} classes, not {plan.num_classes}; pass --num-classes {model.num_classes}")
-        if plan.guidance.scale != 1 and model.config["class_dropout_prob"] == 0:
-            raise InputError(f"{file.path} was trained without label dropout and has no null label to guide from; pass --cfg-scale 1")
+        plan.check_fit(model, file.path)
         denoisers.append(model.to(plan.device, plan.dtype))
     return denoisers

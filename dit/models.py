@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tstitch.checkpoints import load_strict
+from tstitch.checkpoints.convert import Published
 from tstitch.checkpoints.layouts import SIZES
 from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
@@ -258,6 +260,20 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm, posenc) for _ in range(depth)])
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialize()
+
+    @classmethod
+    def from_published(cls, published: Published, source: object) -> DiT:
+        """Build the model that a checkpoint holds, in eval mode, float32; `source` names the file in errors.
+
+        Raises:
+            InputError: if the checkpoint's configuration is not that of a DiT.
+        """
+        try:
+            model = cls(**published.config)
+        except TypeError:
+            raise InputError(f"{source} is not a DiT: its header has {', '.join(sorted(published.config))}; pass a file that train.py exported") from None
+        load_strict(model, published.state, source)
+        return model.eval()
 
     def _initialize(self) -> None:
         """Xavier everywhere, and zeros where the block should begin as the identity: an untrained model answers exactly 0."""

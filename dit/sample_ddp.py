@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import DIT_CONFIGS, load_denoisers
-from tstitch.cli import add_model_args, choose_file, new_parser, run, sampling_plan
+from tstitch.cli import add_model_args, add_posenc_arg, choose_file, new_parser, run, sampling_plan
 from tstitch.generate import add_generation_args, generate, join_ranks
 from tstitch.schedule import StitchSchedule
 
@@ -26,6 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     add_model_args(parser, DIT_CONFIGS)
+    add_posenc_arg(parser)
     add_generation_args(parser, Path("samples/ddp"))
     return parser.parse_args(argv)
 

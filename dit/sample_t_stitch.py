@@ -19,38 +19,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
 from tstitch.autoencoder import Autoencoder
-from tstitch.cli import add_sampling_args, add_stitch_args, new_parser, run, sampling_plan, stitched_files
+from tstitch.cli import add_ratio_args, add_sampling_args, add_switch_arg, add_weights_args, choose_ratios, new_parser, run, sampling_plan, stitched_files
 from tstitch.files import check_folder
-from tstitch.schedule import StitchSchedule, two_way_ratios
-from tstitch.tradeoff import compare, save, table
+from tstitch.tradeoff import compare, report, save
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    stitch = parser.add_argument_group("stitching").add_mutually_exclusive_group()
-    stitch.add_argument("--ratio", type=float, default=0.5, help="the small model's share of the steps, 0..1")
-    stitch.add_argument("--all_tradeoffs", action="store_true", help="ratios 0.0, 0.1, ..., 1.0")
-    stitch.add_argument("--three_combo", type=float, nargs=3, metavar=("SMALL", "BASE", "LARGE"), help="shares of three models, sum 1")
-    add_stitch_args(parser)
+    add_ratio_args(parser)
+    add_switch_arg(parser)
+    add_weights_args(parser)
     parser.add_argument("--save_dir", type=Path, help="folder to write (default: figures/seed_SEED)")
     add_sampling_args(parser)
     return parser.parse_args(argv)
 
 
-def choose_schedules(args: argparse.Namespace) -> list[StitchSchedule]:
-    """Schedules that the command line asks for."""
-    if args.three_combo:
-        return [StitchSchedule(args.three_combo, switch_by=args.switch_by)]
-    if args.all_tradeoffs:
-        return [replace(schedule, switch_by=args.switch_by) for schedule in two_way_ratios()]
-    return [StitchSchedule.from_ratio(args.ratio, switch_by=args.switch_by)]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Check, load, sample, save."""
     args = parse_args(argv)
-    schedules = choose_schedules(args)
+    schedules = [replace(schedule, switch_by=args.switch_by) for schedule in choose_ratios(args)]
     plan = sampling_plan(args)
     files = stitched_files(args, plan, three=bool(args.three_combo))
     folder = args.save_dir or Path("figures") / f"seed_{args.seed}"
@@ -59,9 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder = Autoencoder(plan.vae, plan.device)
     autoencoder.check_fit(denoisers[0].latent_shape, plan.image_size)
     comparison = compare(plan, denoisers, files, schedules, autoencoder)
-    print(table(comparison))
-    if any(row.fd_emoji is not None for row in comparison.rows):
-        print(f"FD-emoji was measured before, over more pictures and perhaps in another number type: {plan.preset.results}")
+    report(plan, comparison)
     save(folder, plan, comparison)
     print(f"wrote {folder}")
 

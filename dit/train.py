@@ -65,9 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_arguments(args)
     plan = training_plan(args)
-    num_classes = plan.data.num_classes if args.num_classes is None else args.num_classes
-    if num_classes < plan.data.num_classes:
-        raise InputError(f"--num-classes {num_classes} is less than the data's {plan.data.num_classes}; leave it out or raise it")
+    num_classes = plan.num_classes(args.num_classes)
     torch.manual_seed(args.global_seed)
     channels, size, _ = plan.data.latent_shape
     model = build_dit(

@@ -15,6 +15,7 @@ from dit import sample as sample_script
 from dit import sample_t_stitch, sweep_emoji
 from dit.checkpoints import build_dit
 from tstitch.checkpoints import file_hash, save_weights
+from tstitch import emoji_sweep
 from tstitch.cli import run, sampling_plan
 from tstitch.presets import ROOT, get_preset
 from tstitch.results import quality_by_schedule
@@ -27,7 +28,7 @@ def test_all_tradeoffs_writes_a_grid_and_a_table_of_eleven_rows(tmp_path: Path, 
     sample_t_stitch.main([*QUICK, "--all_tradeoffs", "--save_dir", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     assert [StitchSchedule.from_json(row["schedule"]).fractions[0] for row in results["rows"]] == [k / 10 for k in range(11)]
-    assert [row["steps"] for row in results["rows"]] == [[int(k / 5), 2 - int(k / 5)] for k in range(11)]
+    assert [row["evaluations"] for row in results["rows"]] == [[int(k / 5), 2 - int(k / 5)] for k in range(11)]
     assert results["rows"][0]["speed_up"] == 1 and results["rows"][-1]["speed_up"] > 1
     assert results["settings"]["num_steps"] == 2 and results["seeds"] == [0, 1]
     assert all(row["fd_emoji"] is None for row in results["rows"])  # measured at other settings, so not shown beside these
@@ -54,7 +55,7 @@ def test_three_models_share_a_trajectory(tmp_path: Path) -> None:
         ["--preset", "emoji", "--num-sampling-steps", "5", "--three_combo", "0.4", "0.2", "0.4", "--device", "cpu", "--save_dir", str(tmp_path)]
     )
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert (row["name"], row["steps"]) == ("S:40 B:20 L:40", [2, 1, 2])
+    assert (row["name"], row["evaluations"]) == ("S:40 B:20 L:40", [2, 1, 2])
     assert Image.open(tmp_path / "grid.png").size[0] > 200
 
 
@@ -172,10 +173,11 @@ def test_quality_is_shown_beside_its_own_settings_and_weights_alone(tmp_path: Pa
     table = {"settings": {"num_steps": 20, "solver": "DDIM"}, "weights": {"S": "aa", "L": "bb"}, "rows": [{"name": "S:30 L:70", "fd_emoji": 1.5}]}
     path = tmp_path / "r.json"
     path.write_text(json.dumps(table))
-    assert quality_by_schedule(path, {"num_steps": 20}, {"S": "aa", "L": "bb"}) == {"S:30 L:70": 1.5}
-    assert quality_by_schedule(path, {"num_steps": 10}, {"S": "aa", "L": "bb"}) == {}
-    assert quality_by_schedule(path, {"num_steps": 20}, {"S": "aa", "L": "other"}) == {}
-    assert quality_by_schedule(None, {}, {}) == {}
+    assert quality_by_schedule([path], {"num_steps": 20}, {"S": "aa", "L": "bb"}) == {"S:30 L:70": 1.5}
+    assert quality_by_schedule([path], {"num_steps": 10}, {"S": "aa", "L": "bb"}) == {}
+    assert quality_by_schedule([path], {"num_steps": 20}, {"S": "aa", "L": "other"}) == {}
+    assert quality_by_schedule([], {}, {}) == {}
+    assert quality_by_schedule([tmp_path / "missing.json", path], {"num_steps": 20}, {"S": "aa", "L": "bb"}) == {"S:30 L:70": 1.5}
 
 
 def test_the_shipped_results_belong_to_the_shipped_weights_and_the_demo_s_settings() -> None:
@@ -197,7 +199,7 @@ def test_a_sweep_that_was_cut_off_goes_on_to_the_same_numbers(tmp_path: Path, mo
         return [{key: row[key] for key in ("name", "fd_emoji", "fd_emoji_held_out")} for row in json.loads(out.read_text())["rows"]]
 
     whole = sweep("whole")
-    store, calls = sweep_emoji.store, []
+    store, calls = emoji_sweep.store, []
 
     def dies_after_the_second_chunk(*arguments) -> None:
         store(*arguments)
@@ -205,9 +207,9 @@ def test_a_sweep_that_was_cut_off_goes_on_to_the_same_numbers(tmp_path: Path, mo
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep_emoji, "store", dies_after_the_second_chunk)
+    monkeypatch.setattr(emoji_sweep, "store", dies_after_the_second_chunk)
     with pytest.raises(KeyboardInterrupt):
         sweep("cut")
     assert sweep("cut") == whole
     assert len(calls) == 3
-    assert len(whole) == 11 + len(sweep_emoji.THREE_MODEL_MIXES)
+    assert len(whole) == len(sweep_emoji.RATIOS) + len(sweep_emoji.THREE_MODEL_MIXES) == 17

@@ -6,9 +6,10 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,11 @@ from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
 from tstitch.noise import SampleNoise
 from tstitch.presets import PRESETS, RECIPES, DenoiserFile, Preset, Recipe, get_preset, get_recipe
-from tstitch.schedule import RULES
+from tstitch.schedule import RULES, StitchSchedule, two_way_ratios
 from tstitch.solvers import SOLVERS, Solver, create_solver
+from tstitch.walker import SolverWalker, Walker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# The published ImageNet samples for FID were made so; the demos of the same models show 50 steps at scale 4.
-FID_DEFAULTS = {name: {"num_sampling_steps": 250, "cfg_scale": 1.5, "vae": NAMED_VAES["ema"]} for name in ("imagenet256", "imagenet512")}
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -48,14 +48,22 @@ def positive_int(text: str) -> int:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script: input that cannot be used becomes one sentence on stderr and exit code 2."""
+    code = 0
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # A thread of the process group that still lets go of a tensor while the interpreter shuts down aborts the process: leave without that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def parse_device(name: str) -> torch.device:
@@ -78,12 +86,18 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False) -> None:
-    """Add the words that every sampling script shares; `sampling_plan` reads them. With `fid`, count and seed have the names of the published generators."""
+def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, diffusion: bool = True) -> None:
+    """Add the words that every sampling script shares; `sampling_plan` reads them.
+
+    Args:
+        fid: count and seed have the names of the published generators.
+        diffusion: add the words of diffusion models, --recipe and --solver; a backbone of another kind brings its own.
+    """
     labels_help = "classes 0..num_classes-1, which repeat (default: drawn from each picture's seed)" if fid else "one class for each picture, 0..num_classes-1"
     group = parser.add_argument_group("sampling (defaults come from the preset)")
     group.add_argument("--preset", metavar="NAME", help=f"model set: {', '.join(PRESETS)} (default: imagenet of --image-size)")
-    group.add_argument("--recipe", metavar="NAME", help=f"how a published number was made, for the defaults of all that follows: {', '.join(RECIPES)}")
+    if diffusion:
+        group.add_argument("--recipe", metavar="NAME", help=f"how a published number was made, for the defaults of all that follows: {', '.join(RECIPES)}")
     group.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width of the pictures, a multiple of the latents' and patches' size")
     group.add_argument("--num-classes", type=int, help="number of classes; the null label is this number")
     group.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help=labels_help)
@@ -91,8 +105,11 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False) -> 
         group.add_argument("--num-fid-samples", dest="num_images", type=positive_int, metavar="N", help="pictures of each schedule (default: 50000)")
     else:
         group.add_argument("--num-images", type=int, help="how many pictures; the labels repeat (default: one for each label)")
-    group.add_argument("--num-sampling-steps", type=int, metavar="N", help="solver steps, 1..1000 (a single one is taken at t = 0, as published)")
-    group.add_argument("--solver", metavar="NAME", help=f"one of {', '.join(SOLVERS)} (default: ddim; ddpm in dit/sample_ddp.py)")
+    if diffusion:
+        group.add_argument("--num-sampling-steps", type=int, metavar="N", help="solver steps, 1..1000 (a single one is taken at t = 0, as published)")
+        group.add_argument("--solver", metavar="NAME", help=f"one of {', '.join(SOLVERS)} (default: ddim; ddpm in dit/sample_ddp.py)")
+    else:
+        group.add_argument("--num-sampling-steps", type=int, metavar="N", help="times on the grid, 2..1000; an adaptive ODE method chooses its own steps")
     group.add_argument("--cfg-scale", type=float, help="uncond + scale * (cond - uncond); 1 turns guidance off")
     group.add_argument("--cfg-channels", metavar="N|all", help="how many latent channels are guided; published DiT samples guide 3 of 4")
     group.add_argument("--global-seed" if fid else "--seed", dest="seed", type=int, default=0, metavar="SEED", help="picture i is made from seed + i alone")
@@ -102,9 +119,28 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False) -> 
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
 
-def add_stitch_args(parser: argparse.ArgumentParser) -> None:
-    """Add what every stitching script shares: the rule that cuts a trajectory, and the weights; `stitched_files` reads the latter."""
+def add_ratio_args(parser: argparse.ArgumentParser) -> None:
+    """Add which schedules a stitching script compares; `choose_ratios` reads them."""
+    stitch = parser.add_argument_group("stitching").add_mutually_exclusive_group()
+    stitch.add_argument("--ratio", type=float, default=0.5, help="the small model's share of the steps, 0..1")
+    stitch.add_argument("--all_tradeoffs", action="store_true", help="ratios 0.0, 0.1, ..., 1.0")
+    stitch.add_argument("--three_combo", type=float, nargs=3, metavar=("SMALL", "BASE", "LARGE"), help="shares of three models, sum 1")
+
+
+def choose_ratios(args: argparse.Namespace) -> list[StitchSchedule]:
+    """Schedules that the command line asks for."""
+    if args.three_combo:
+        return [StitchSchedule(args.three_combo)]
+    return two_way_ratios() if args.all_tradeoffs else [StitchSchedule.from_ratio(args.ratio)]
+
+
+def add_switch_arg(parser: argparse.ArgumentParser) -> None:
+    """Add the rule that cuts a trajectory of training timesteps."""
     parser.add_argument("--switch-by", choices=RULES[:2], default="step", help="share of the steps, or of the training timesteps (the published DiT rule)")
+
+
+def add_weights_args(parser: argparse.ArgumentParser) -> None:
+    """Add the weights of every stitching script; `stitched_files` reads them."""
     for flag, size in (("s", "small"), ("b", "base"), ("xl", "large")):
         parser.add_argument(f"--{flag}_ckpt", type=Path, help=f"weights of the {size} model (default: the preset's)")
 
@@ -118,7 +154,8 @@ class SamplingPlan:
     num_classes: int
     labels: Tensor
     noise: SampleNoise
-    solver: Solver
+    num_steps: int
+    walker: Walker | None  # None until the backbone that brings its own has set it
     guidance: ClassifierFreeGuidance
     vae: str
     device: torch.device
@@ -132,11 +169,30 @@ class SamplingPlan:
         return self.image_size // self.preset.downsampling
 
     @property
+    def solver(self) -> Solver:
+        """The solver of a diffusion model."""
+        return self.walker.solver
+
+    def check_fit(self, model: Any, path: Path) -> None:  # noqa: ANN401  (a DiT or SiT)
+        """Compare a model that was read from `path` with the pictures that are asked for.
+
+        Raises:
+            InputError: if it was trained for other pictures or classes, or cannot be guided.
+        """
+        if model.latent_shape[1] != self.latent_size:
+            trained = model.latent_shape[1] * self.preset.downsampling
+            raise InputError(f"{path} was trained for {trained}x{trained} pictures, not {self.image_size}x{self.image_size}; pass --image-size {trained}")
+        if model.num_classes != self.num_classes:
+            raise InputError(f"{path} was trained for {model.num_classes} classes, not {self.num_classes}; pass --num-classes {model.num_classes}")
+        if self.guidance.scale != 1 and model.config["class_dropout_prob"] == 0:
+            raise InputError(f"{path} was trained without label dropout and has no null label to guide from; pass --cfg-scale 1")
+
+    @property
     def settings(self) -> dict[str, object]:
         """What two results must have in common to be compared."""
         settings: dict[str, object] = {
-            "preset": self.preset.name, "image_size": self.image_size, "solver": type(self.solver).__name__, "num_steps": self.solver.num_steps,
-            "spacing": "even", "cfg_scale": self.guidance.scale, "cfg_channels": self.guidance.channels or "all",
+            "preset": self.preset.name, "image_size": self.image_size, **self.walker.settings, "cfg_scale": self.guidance.scale,
+            "cfg_channels": self.guidance.channels or "all",
         }  # fmt: skip
         return settings | ({"recipe": self.recipe.name} if self.recipe else {})
 
@@ -145,21 +201,28 @@ def _given(value: object, default: object) -> object:
     return default if value is None else value
 
 
-def sampling_plan(args: argparse.Namespace, *, fid: bool = False, solver: str = "ddim") -> SamplingPlan:
+def sampling_plan(
+    args: argparse.Namespace,
+    *,
+    fid: bool = False,
+    solver: str = "ddim",
+    presets: Mapping[str, Preset] = PRESETS,
+) -> SamplingPlan:
     """Check the sampling arguments before anything is loaded, and fill in the recipe's and the preset's values.
 
     Args:
         args: what `add_sampling_args` asked for.
-        fid: take FID_DEFAULTS over the preset's values, and draw labels that nobody gave from the samples' own seeds.
+        fid: take the preset's values for FID, and draw labels that nobody gave from the samples' own seeds.
         solver: the script's default.
+        presets: the backbone's model sets.
 
     Raises:
         InputError: for the first argument that cannot be used.
     """
-    recipe = get_recipe(args.recipe) if args.recipe else None
-    preset = get_preset(args.preset or (recipe.preset if recipe else "imagenet512" if args.image_size == 512 else "imagenet256"))
+    recipe = get_recipe(args.recipe) if getattr(args, "recipe", None) else None
+    preset = get_preset(args.preset or (recipe.preset if recipe else "imagenet512" if args.image_size == 512 else "imagenet256"), presets)
     if fid:
-        preset = replace(preset, **FID_DEFAULTS.get(preset.name, {}))
+        preset = replace(preset, **preset.for_fid)
     if recipe:
         preset, solver = recipe.fill(preset), recipe.solver
     image_size = _given(args.image_size, preset.image_size)
@@ -191,7 +254,8 @@ def sampling_plan(args: argparse.Namespace, *, fid: bool = False, solver: str = 
         num_classes=num_classes,
         labels=noise.labels(num_classes) if drawn else torch.tensor([labels[i % len(labels)] for i in range(count)]),
         noise=noise,
-        solver=create_solver(_given(args.solver, solver), create_diffusion(str(num_steps))),
+        num_steps=num_steps,
+        walker=SolverWalker(create_solver(_given(args.solver, solver), create_diffusion(str(num_steps)))) if hasattr(args, "solver") else None,
         guidance=ClassifierFreeGuidance(cfg_scale, num_classes, _parse_channels(args.cfg_channels, preset)),
         vae=NAMED_VAES.get(args.vae, args.vae or preset.vae),
         device=parse_device(args.device),
@@ -213,6 +277,10 @@ def add_model_args(parser: argparse.ArgumentParser, models: Iterable[str]) -> No
     """Add the words of scripts with one model; `choose_file` reads them."""
     parser.add_argument("--model", metavar="NAME", help=f"model size: {', '.join(models)} (default: the preset's largest)")
     parser.add_argument("--ckpt", type=Path, help="weights (default: the preset's for that model)")
+
+
+def add_posenc_arg(parser: argparse.ArgumentParser) -> None:
+    """Add what a GTA checkpoint may not say of itself."""
     parser.add_argument("--posenc", choices=["rope", "gta"], help="position encoding of a GTA checkpoint that does not say it")
 
 
@@ -230,7 +298,13 @@ def choose_file(args: argparse.Namespace, plan: SamplingPlan) -> DenoiserFile:
 
 
 def stitched_files(args: argparse.Namespace, plan: SamplingPlan, three: bool) -> list[DenoiserFile]:
-    """Small and large, or all three, with the paths of the command line in place of the preset's."""
-    given = (args.s_ckpt, args.b_ckpt, args.xl_ckpt)
-    files = [replace(file, path=path) if path else file for file, path in zip(plan.preset.denoisers, given, strict=True)]
-    return files if three else [files[0], files[2]]
+    """Small and large, or all three, with the paths of the command line in place of the preset's.
+
+    Raises:
+        InputError: if the preset has no base model.
+    """
+    small, *base, large = plan.preset.denoisers
+    if three and not base:
+        raise InputError(f"preset {plan.preset.name} has no base model; three models need another --preset")
+    chosen = [(small, args.s_ckpt), *((file, args.b_ckpt) for file in base if three), (large, args.xl_ckpt)]
+    return [replace(file, path=path) if path else file for file, path in chosen]

@@ -40,20 +40,20 @@ from tstitch.noise import SampleNoise
 from tstitch.plots import save_image
 from tstitch.presets import DenoiserFile
 from tstitch.schedule import StitchSchedule
-from tstitch.sweep import sample_many
+from tstitch.walker import Walked
 
 WAITING_CHUNKS = 2  # sampled, but not yet on disk; bounds memory
 
 
-def add_generation_args(parser: argparse.ArgumentParser, sample_dir: Path) -> None:
-    """Add the words that the generators share; `sampling_plan(args, fid=True)` and `generate` read them."""
+def add_generation_args(parser: argparse.ArgumentParser, sample_dir: Path, *, diffusion: bool = True) -> None:
+    """Add the words that the generators share, see `add_sampling_args`; `sampling_plan(args, fid=True)` and `generate` read them."""
     parser.add_argument("--sample-dir", type=Path, default=sample_dir, help="folder to write, on a disk that all processes share")
     parser.add_argument(
         "--per-proc-batch-size", type=positive_int, default=32, metavar="B", help="pictures that a process walks together; part of what decides the last bit"
     )
     parser.add_argument("--png", action="store_true", help="write every picture as a PNG too")
     parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 matrix products on GPUs: faster, less exact")
-    add_sampling_args(parser, fid=True)
+    add_sampling_args(parser, fid=True, diffusion=diffusion)
     parser.set_defaults(max_batch=None)  # one branch of the tree at a time, so that B bounds memory
 
 
@@ -212,15 +212,14 @@ def file_names(schedules: Sequence[StitchSchedule], files: Sequence[DenoiserFile
     return named
 
 
-def walk(plan: SamplingPlan, denoisers: Sequence[Any], schedules: Sequence[StitchSchedule], start: int, stop: int) -> list[Tensor]:
-    """Latents of pictures start..stop-1, one tensor (stop - start, C, h, w) for each schedule; the denoisers have a latent_shape (C, h, w)."""
+def walk(plan: SamplingPlan, denoisers: Sequence[Any], schedules: Sequence[StitchSchedule], start: int, stop: int) -> Walked:
+    """Walk pictures start..stop-1 along each schedule; the denoisers have a latent_shape (C, h, w)."""
     noise = SampleNoise(plan.noise.seeds[start:stop])
-    return sample_many(
+    return plan.walker.walk(
         denoisers,
         noise.latents(denoisers[0].latent_shape, plan.device),
         plan.labels[start:stop].to(plan.device),
         schedules=schedules,
-        solver=plan.solver,
         guidance=plan.guidance,
         noise=noise,
         max_batch=plan.max_batch,
@@ -291,7 +290,8 @@ def generate(
         with ranks.agree():
             if not folder.marks.is_dir():
                 raise InputError(f"rank {ranks.rank} does not see {folder.work}; choose a --sample-dir on a disk that all machines share")
-        latents = ((c, walk(plan, denoisers, list(schedules.values()), folder.chunks[c].start, folder.chunks[c].stop)) for c in left[ranks.rank :: ranks.size])
+        mine = left[ranks.rank :: ranks.size]
+        latents = ((c, walk(plan, denoisers, list(schedules.values()), folder.chunks[c].start, folder.chunks[c].stop).latents) for c in mine)
         store(ranks, folder, latents, autoencoder)
     if main:
         folder.finish(config)

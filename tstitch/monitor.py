@@ -7,6 +7,7 @@ shows the model and not the luck of the draw.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,22 +31,36 @@ from tstitch.solvers import DDIM
 from tstitch.training_cli import TrainingPlan
 
 PREVIEWS = 16
+Walk = Callable[[nn.Module, Tensor, Tensor, ClassifierFreeGuidance], Tensor]  # (model, initial noise, labels, guidance) -> latents
 
 
 def add_monitor_args(parser: argparse.ArgumentParser) -> None:
     """Add the --eval words; `create_monitor` reads them."""
     group = parser.add_argument_group("evaluation during training (pictures are decoded with --vae)")
-    group.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="steps between evaluations of the moving average; 0 for none")
+    group.add_argument("--eval-every", "--sample-every", type=int, default=0, metavar="STEPS", help="steps between evaluations of the moving average; 0: none")
     group.add_argument("--eval-images", type=positive_int, default=1000, help="pictures sampled for the Frechet distance")
     group.add_argument("--eval-extractor", choices=["none", *EXTRACTORS], default="none", help="features of the Frechet distance; none draws previews only")
     group.add_argument("--eval-reference", type=Path, metavar="FILE", help="reference pictures or statistics (.npz); not needed for emoji")
-    group.add_argument("--eval-num-sampling-steps", type=positive_int, default=20, help="DDIM steps")
+    group.add_argument("--eval-num-sampling-steps", type=positive_int, default=20, help="solver steps, of one evaluation each")
     group.add_argument("--eval-cfg-scale", type=float, default=1.5, help="guidance on all channels; 1 turns it off")
     group.add_argument("--eval-batch-size", type=positive_int, default=32, help="pictures sampled together in each process")
 
 
-def create_monitor(args: argparse.Namespace, plan: TrainingPlan, model: nn.Module) -> Monitor | None:
+def walk_ddim(num_steps: int) -> Walk:
+    """How a diffusion model is sampled for a monitor."""
+    solver = DDIM(create_diffusion(str(num_steps)))
+
+    def walk(model: nn.Module, x_T: Tensor, y: Tensor, guidance: ClassifierFreeGuidance) -> Tensor:
+        return sample([model], x_T, y, schedule=StitchSchedule((1.0,)), solver=solver, guidance=guidance)
+
+    return walk
+
+
+def create_monitor(args: argparse.Namespace, plan: TrainingPlan, model: nn.Module, walk_of: Callable[[int], Walk] = walk_ddim) -> Monitor | None:
     """What --eval-every asks for; None where it is 0.
+
+    Args:
+        walk_of: number of steps -> how the trainer's models are sampled.
 
     Raises:
         InputError: if the autoencoder, the extractor or the reference is missing or does not fit, before any step is taken.
@@ -71,37 +86,43 @@ def create_monitor(args: argparse.Namespace, plan: TrainingPlan, model: nn.Modul
             raise InputError(f"the extractor {extractor.name} knows {extractor.image_size}x{extractor.image_size} pictures, not {size}x{size}; choose another")
         reference = load_reference_statistics(extractor, args.eval_reference)
     guidance = ClassifierFreeGuidance(args.eval_cfg_scale, model.num_classes, None)
-    solver = DDIM(create_diffusion(str(args.eval_num_sampling_steps)))
     return Monitor(
-        args.results_dir / "previews", accelerator, autoencoder, solver, guidance, latent_shape=plan.data.latent_shape, num_classes=plan.data.num_classes,
-        num_images=args.eval_images, batch=args.eval_batch_size, extractor=extractor, reference=reference,
-    )  # fmt: skip
+        args.results_dir / "previews",
+        accelerator,
+        autoencoder,
+        walk_of(args.eval_num_sampling_steps),
+        guidance,
+        latent_shape=plan.data.latent_shape,
+        num_classes=plan.data.num_classes,
+        num_images=args.eval_images,
+        batch=args.eval_batch_size,
+        extractor=extractor,
+        reference=reference,
+    )
 
 
 class Monitor:
     """Called as monitor(model, step): writes folder/{step:07d}.png and returns {"fid" or "fd_emoji": distance}, or {} without an extractor.
 
     Args:
+        walk: how a model is sampled, without drawing any noise.
         num_images: pictures for the distance; picture i has seed i and label i modulo num_classes.
         batch: pictures sampled together by a process.
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, autoencoder: Autoencoder, solver: DDIM, guidance: ClassifierFreeGuidance, *,
+        self, folder: Path, accelerator: Accelerator, autoencoder: Autoencoder, walk: Walk, guidance: ClassifierFreeGuidance, *,
         latent_shape: tuple[int, ...], num_classes: int, num_images: int, batch: int, extractor: Extractor | None = None,
         reference: Statistics | None = None,
     ) -> None:  # fmt: skip
-        self.folder, self.accelerator, self.autoencoder, self.solver, self.guidance = folder, accelerator, autoencoder, solver, guidance
+        self.folder, self.accelerator, self.autoencoder, self.walk, self.guidance = folder, accelerator, autoencoder, walk, guidance
         self.latent_shape, self.num_classes, self.num_images, self.batch = latent_shape, num_classes, num_images, batch
         self.extractor, self.reference = extractor, reference
 
     def pictures(self, model: nn.Module, index: Tensor) -> Tensor:
         """Sample pictures (n, 3, H, W), uint8, of the numbers in `index`."""
         noise, device = SampleNoise(index.tolist()), self.accelerator.device
-        latents = sample(
-            [model], noise.latents(self.latent_shape, device), (index % self.num_classes).to(device), schedule=StitchSchedule((1.0,)),
-            solver=self.solver, guidance=self.guidance, noise=noise,
-        )  # fmt: skip
+        latents = self.walk(model, noise.latents(self.latent_shape, device), (index % self.num_classes).to(device), self.guidance)
         return self.autoencoder.decode(latents)
 
     @torch.no_grad()

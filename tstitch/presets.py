@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tstitch.errors import InputError
 
@@ -39,7 +41,7 @@ class Preset:
     name: str
     image_size: int
     num_classes: int
-    denoisers: tuple[DenoiserFile, DenoiserFile, DenoiserFile]
+    denoisers: tuple[DenoiserFile, ...]
     vae: str
     downsampling: int = 8  # pixels per latent
     labels: tuple[int, ...] = (207, 360, 387, 974, 88, 979, 417, 279)  # what the DiT demos show
@@ -47,43 +49,55 @@ class Preset:
     num_sampling_steps: int = 50
     cfg_scale: float = 4.0
     cfg_channels: int | None = 3  # 3 of the 4 latent channels, as the published samples were made
-    results: Path | None = None  # measured quality by schedule, where there is one
+    results: tuple[Path, ...] = ()  # measured quality by schedule, a file for each way to sample
+    for_fid: Mapping[str, Any] = field(default_factory=dict)  # values that the published samples for FID were made with, where the demos have others
 
     def class_name(self, label: int) -> str:
         """Name of a class, or its number."""
         return self.class_names[label] if label < len(self.class_names) else str(label)
 
 
-def _imagenet(size: int) -> Preset:
+def _imagenet(backbone: str, size: int, **values: Any) -> Preset:  # noqa: ANN401  (fields of Preset)
     folder = ROOT / "pretrained_models"
-    files = tuple(DenoiserFile(a, f"DiT-{a}/2", folder / f"dit_{a.lower()}_{size}.pt") for a in ("S", "B", "XL"))
-    return Preset(f"imagenet{size}", size, 1000, files, vae="stabilityai/sd-vae-ft-mse")
+    files = tuple(DenoiserFile(a, f"{backbone}-{a}/2", folder / f"{backbone.lower()}_{a.lower()}_{size}.pt") for a in ("S", "B", "XL"))
+    return Preset(f"imagenet{size}", size, 1000, files, vae="stabilityai/sd-vae-ft-mse", **values)
 
 
-_EMOJI = ROOT / "pretrained_models" / "emoji"
-_EMOJI_FILES = tuple(
-    DenoiserFile(letter, f"emoji-{size}", _EMOJI / f"dit-{size}.safetensors") for letter, size in (("S", "small"), ("B", "base"), ("L", "large"))
-)
+def _emoji(backbone: str, sizes: tuple[str, ...], **values: Any) -> Preset:  # noqa: ANN401  (fields of Preset)
+    folder = ROOT / "pretrained_models" / "emoji"
+    return Preset(
+        name="emoji",
+        image_size=64,
+        num_classes=len(EMOJI_CLASSES),
+        denoisers=tuple(DenoiserFile(size[0].upper(), f"emoji-{size}", folder / f"{backbone}-{size}.safetensors") for size in sizes),
+        vae=str(folder / "vae"),
+        downsampling=4,
+        labels=(0, 1, 2, 3, 4, 6, 7, 8),
+        class_names=EMOJI_CLASSES,
+        cfg_scale=2.0,
+        cfg_channels=None,
+        results=tuple(sorted(folder.glob(f"{backbone}_results*.json"))),
+        **values,
+    )
+
+
+_DIT_FID = {"num_sampling_steps": 250, "cfg_scale": 1.5, "vae": "stabilityai/sd-vae-ft-ema"}
+_SIT_FID = {"cfg_scale": 1.0, "vae": "stabilityai/sd-vae-ft-ema"}
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset(
-            name="emoji",
-            image_size=64,
-            num_classes=len(EMOJI_CLASSES),
-            denoisers=_EMOJI_FILES,
-            vae=str(_EMOJI / "vae"),
-            downsampling=4,
-            labels=(0, 1, 2, 3, 4, 6, 7, 8),
-            class_names=EMOJI_CLASSES,
-            num_sampling_steps=20,
-            cfg_scale=2.0,
-            cfg_channels=None,
-            results=_EMOJI / "dit_results.json",
-        ),
-        _imagenet(256),
-        _imagenet(512),
+        _emoji("dit", ("small", "base", "large"), num_sampling_steps=20),
+        _imagenet("DiT", 256, for_fid=_DIT_FID),
+        _imagenet("DiT", 512, for_fid=_DIT_FID),
+    )
+}
+SIT_PRESETS = {
+    preset.name: preset
+    for preset in (
+        _emoji("sit", ("small", "large"), num_sampling_steps=21),  # 20 steps, as the DiTs take
+        _imagenet("SiT", 256, num_sampling_steps=250, for_fid=_SIT_FID),
+        _imagenet("SiT", 512, num_sampling_steps=250, for_fid=_SIT_FID),
     )
 }
 
@@ -189,12 +203,12 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def get_preset(name: str) -> Preset:
-    """Look a preset up.
+def get_preset(name: str, presets: Mapping[str, Preset] = PRESETS) -> Preset:
+    """Look a preset of a backbone up.
 
     Raises:
         InputError: if there is none of that name.
     """
-    if name not in PRESETS:
-        raise InputError(f"unknown preset '{name}'; choose from {', '.join(PRESETS)}")
-    return PRESETS[name]
+    if name not in presets:
+        raise InputError(f"unknown preset '{name}'; choose from {', '.join(presets)}")
+    return presets[name]

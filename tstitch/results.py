@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tstitch.files import read_json
 
 
-def quality_by_schedule(path: Path | None, settings: dict[str, Any], weights: dict[str, str], metric: str = "fd_emoji") -> dict[str, float]:
-    """Read a results file: schedule name -> metric; {} if there is none, or if it was measured under other settings or with other weights.
+def quality_by_schedule(paths: Sequence[Path], settings: dict[str, Any], weights: dict[str, str], metric: str = "fd_emoji") -> dict[str, float]:
+    """Read results files: schedule name -> metric; {} if none was measured under these settings and with these weights.
 
     Args:
-        path: a file with "settings", "weights" and "rows", each row with a "name" such as "S:40 L:60" and its metrics.
+        paths: files with "settings", "weights" and "rows", each row with a "name" such as "S:40 L:60" and its metrics.
         settings: settings of the run that the numbers are to be shown beside.
         weights: name -> hash of the weights which that run uses.
     """
-    if path is None or not path.exists():
-        return {}
-    table = read_json(path)
-    for part, wanted in (("settings", settings), ("weights", weights)):
-        if any(table[part].get(key) != value for key, value in wanted.items()):
-            return {}
-    return {row["name"]: row[metric] for row in table["rows"]}
+    for table in (read_json(path) for path in paths if path.exists()):
+        if all(table[part].get(key) == value for part, wanted in (("settings", settings), ("weights", weights)) for key, value in wanted.items()):
+            return {row["name"]: row[metric] for row in table["rows"]}
+    return {}
 
 
 def comparison_table(results: list[dict[str, Any]]) -> str:

@@ -38,8 +38,7 @@ def plan_legs(schedule: StitchSchedule, solver: Solver, num_denoisers: int) -> l
         InputError: if the schedule names a denoiser that is not there.
     """
     legs = schedule.legs(solver.num_steps, timesteps=solver.timesteps, sigmas=solver.sigmas)
-    if schedule.num_denoisers > num_denoisers:
-        raise InputError(f"schedule {schedule} needs {schedule.num_denoisers} denoisers, got {num_denoisers}")
+    schedule.check_denoisers(num_denoisers)
     return legs
 
 

@@ -28,6 +28,14 @@ class Leg(NamedTuple):
     stop: int
 
 
+class Span(NamedTuple):
+    """Progress start <= p < stop in [0, 1] belongs to one denoiser."""
+
+    denoiser: int
+    start: float
+    stop: float
+
+
 def _float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
@@ -107,6 +115,15 @@ class StitchSchedule:
         """Smallest number of denoisers that this schedule can run on."""
         return max(self.order) + 1
 
+    def check_denoisers(self, num_denoisers: int) -> None:
+        """Refuse to run on fewer denoisers than the schedule names.
+
+        Raises:
+            InputError: if one is not there.
+        """
+        if self.num_denoisers > num_denoisers:
+            raise InputError(f"schedule {self} needs {self.num_denoisers} denoisers, got {num_denoisers}")
+
     def legs(self, num_steps: int, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None) -> list[Leg]:
         """Cut a trajectory of `num_steps` steps; legs of no steps are left out.
 
@@ -153,6 +170,27 @@ class StitchSchedule:
             if progress < math.fsum(self.fractions[: k + 1]) - 1e-9:
                 return self.order[k]
         return self.order[-1]
+
+    def spans(self) -> list[Span]:
+        """Parts of the trajectory in [0, 1], in order, for solvers that choose their own steps; neighbours of one denoiser are one span, empty ones left out.
+
+        Raises:
+            InputError: if the schedule does not switch by shares of the steps.
+        """
+        if self.switch_by != "step":
+            raise InputError(f"a solver that chooses its own steps needs shares, not switch_by='{self.switch_by}'; use fractions")
+        spans: list[Span] = []
+        stop = 0.0
+        for k in range(self.num_legs):
+            start, stop = stop, 1.0 if k == self.num_legs - 1 else min(1.0, math.fsum(self.fractions[: k + 1]))
+            if stop - start < 1e-9:
+                stop = start
+            elif spans and spans[-1].denoiser == self.order[k]:
+                spans[-1] = spans[-1]._replace(stop=stop)
+            else:
+                spans.append(Span(self.order[k], start, stop))
+        spans[-1] = spans[-1]._replace(stop=1.0)
+        return spans
 
     def _leg_at_step(self, step: int, num_steps: int) -> int:
         for k in range(self.num_legs - 1):

@@ -6,7 +6,7 @@ the same denoiser at the same step are one batch. Eleven ratios of two denoisers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from tstitch.errors import InputError
 from tstitch.guidance import Denoiser, Guidance
 from tstitch.sampling import Callback, Noise, Progress, guidance_for_each, model_output, plan_legs
-from tstitch.schedule import StitchSchedule
+from tstitch.schedule import Leg, StitchSchedule
 from tstitch.solvers import Solver
 
 
@@ -30,14 +30,23 @@ class _Branch:
 
 def _owners(schedules: Sequence[StitchSchedule], solver: Solver, num_denoisers: int) -> list[list[int]]:
     """Denoiser of each step, for each schedule."""
-    return [[leg.denoiser for leg in plan_legs(s, solver, num_denoisers) for _ in range(leg.start, leg.stop)] for s in schedules]
+    return [owners_of(plan_legs(s, solver, num_denoisers)) for s in schedules]
+
+
+def owners_of(legs: Sequence[Leg]) -> list[int]:
+    """Denoiser of each step."""
+    return [leg.denoiser for leg in legs for _ in range(leg.start, leg.stop)]
 
 
 def count_evaluations(schedules: Sequence[StitchSchedule], solver: Solver, num_denoisers: int) -> list[int]:
     """Denoiser evaluations that a sweep needs for one sample, by denoiser; guidance counts as one evaluation."""
-    owners = _owners(schedules, solver, num_denoisers)
-    prefixes = {tuple(path[: i + 1]) for path in owners for i in range(solver.num_steps)}
-    return [sum(prefix[-1] == k for prefix in prefixes) for k in range(num_denoisers)]
+    return count_shared(_owners(schedules, solver, num_denoisers), num_denoisers)
+
+
+def count_shared(owners: Sequence[Sequence[int]], num_denoisers: int, cost: Callable[[int], int] = lambda i: 1) -> list[int]:
+    """Evaluations of a tree whose branches have the given denoiser at each step, by denoiser; step i needs cost(i) of them."""
+    prefixes = {tuple(path[: i + 1]) for path in owners for i in range(len(path))}
+    return [sum(cost(len(prefix) - 1) for prefix in prefixes if prefix[-1] == k) for k in range(num_denoisers)]
 
 
 @torch.no_grad()

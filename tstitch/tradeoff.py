@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,21 +22,23 @@ from tstitch.noise import SampleNoise
 from tstitch.plots import contact_sheet, image_grid, plot_tradeoff, save_image
 from tstitch.presets import DenoiserFile
 from tstitch.results import markdown_table, quality_by_schedule
-from tstitch.schedule import StitchSchedule, steps_by_denoiser
-from tstitch.sweep import count_evaluations, sample_many
-from tstitch.tune import measure_step_seconds, predict_seconds
+from tstitch.schedule import StitchSchedule
+from tstitch.walker import Walked, total_seconds
 
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule. The speed-up is against the last denoiser alone, decoding included; fd_emoji is None where it was not measured so."""
+    """One schedule.
+
+    Guided evaluations a picture, by denoiser; the speed-up against the last denoiser alone, decoding included; fd_emoji where it was measured so.
+    """
 
     schedule: str
     name: str
     title: str
-    steps: list[int]
+    evaluations: list[float]
     seconds_per_image: float
-    speed_up: float
+    speed_up: float | None
     fd_emoji: float | None
 
 
@@ -53,35 +56,36 @@ def compare(
 ) -> Comparison:
     """Sample every schedule as one tree, and time its parts.
 
-    The seconds of a schedule are those it would take alone: steps times the step times of its denoisers, measured here at the same batch, plus decoding.
+    The seconds of a schedule are those it would take alone: evaluations times the seconds of one of its denoisers, measured here at the same batch, plus
+    decoding.
     """
     x_T, y = plan.noise.latents(autoencoder.latent_shape(plan.image_size), plan.device), plan.labels.to(plan.device)
     n = min(len(y), plan.max_batch)
-    measured = measure_step_seconds(denoisers, x_T[:n], y[:n], solver=plan.solver, guidance=plan.guidance, noise=SampleNoise(plan.noise.seeds[:n]))
-    step_seconds = [seconds * len(y) / n for seconds in measured]
-    latents = _sample(plan, denoisers, x_T, y, schedules, step_seconds)
-    images, decode_seconds = _decode(autoencoder, latents)
+    measured = plan.walker.evaluation_seconds(denoisers, x_T[:n], y[:n], guidance=plan.guidance, noise=SampleNoise(plan.noise.seeds[:n]))
+    seconds_each = [seconds * len(y) / n for seconds in measured]
+    walked = _walk(plan, denoisers, x_T, y, schedules, seconds_each)
+    images, decode_seconds = _decode(autoencoder, walked.latents)
 
     letters = [file.letter for file in files]
     weights = {file.letter: file_hash(file.path) for file in files}
     if autoencoder.weights.exists():
         weights["vae"] = file_hash(autoencoder.weights)
     quality = quality_by_schedule(plan.preset.results, plan.settings, weights)
-    alone = plan.solver.num_steps * step_seconds[-1] + decode_seconds
-    rows = []
-    for schedule in schedules:
-        seconds = predict_seconds(schedule, plan.solver, step_seconds) + decode_seconds
-        rows.append(
-            Row(
-                schedule=schedule.to_json(),
-                name=schedule.describe(letters),
-                title=f"ratio {schedule.fractions[0]:g}" if len(letters) == 2 else schedule.describe(letters),
-                steps=steps_by_denoiser(schedule.legs(plan.solver.num_steps, timesteps=plan.solver.timesteps), len(letters)),
-                seconds_per_image=seconds / len(y),
-                speed_up=alone / seconds,
-                fd_emoji=quality.get(schedule.describe(letters)),
-            )
+    totals = [total_seconds(evaluations, seconds_each) + decode_seconds for evaluations in walked.evaluations]
+    alone = _large_alone(plan, schedules, walked, len(denoisers))
+    alone_seconds = None if alone is None else total_seconds(alone, seconds_each) + decode_seconds
+    rows = [
+        Row(
+            schedule=schedule.to_json(),
+            name=schedule.describe(letters),
+            title=f"ratio {schedule.fractions[0]:g}" if len(letters) == 2 else schedule.describe(letters),
+            evaluations=evaluations,
+            seconds_per_image=seconds / len(y),
+            speed_up=None if alone_seconds is None else alone_seconds / seconds,
+            fd_emoji=quality.get(schedule.describe(letters)),
         )
+        for schedule, evaluations, seconds in zip(schedules, walked.evaluations, totals, strict=True)
+    ]
     record = {
         "settings": plan.settings,
         "seeds": plan.noise.seeds,
@@ -92,29 +96,34 @@ def compare(
         "device": str(plan.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "step_seconds": dict(zip(letters, step_seconds, strict=True)),
+        "step_seconds": dict(zip(letters, seconds_each, strict=True)),
         "decode_seconds": decode_seconds,
     }
     return Comparison(rows, images, record)
 
 
-def _sample(
-    plan: SamplingPlan, denoisers: Sequence[Denoiser], x_T: Tensor, y: Tensor, schedules: list[StitchSchedule], step_seconds: list[float]
-) -> list[Tensor]:
-    """Latents (N, C, h, w) of each schedule; the bar counts seconds of work, so that its ETA knows which steps are dear."""
-    work = sum(n * s for n, s in zip(count_evaluations(schedules, plan.solver, len(denoisers)), step_seconds, strict=True))
-    with tqdm(total=work, desc="sampling", bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} s of work [{elapsed}<{remaining}]") as bar:
-        return sample_many(
-            denoisers,
-            x_T,
-            y,
-            schedules=schedules,
-            solver=plan.solver,
-            guidance=plan.guidance,
-            noise=plan.noise,
-            max_batch=plan.max_batch,
-            callback=lambda progress: bar.update(step_seconds[progress.denoiser] * len(progress.x) / len(y)),
-        )
+def _large_alone(plan: SamplingPlan, schedules: Sequence[StitchSchedule], walked: Walked, num_denoisers: int) -> Sequence[float] | None:
+    """Evaluations of the last denoiser alone; None where only a walk would tell, and it was not among the schedules."""
+    alone = StitchSchedule((1.0,), order=(num_denoisers - 1,))
+    known = plan.walker.work([alone], num_denoisers)
+    if known is not None:
+        return known
+    own = [k for k, schedule in enumerate(schedules) if math.fsum(schedule.fractions[:-1]) == 0]
+    return walked.evaluations[own[0]] if own else None
+
+
+def _walk(plan: SamplingPlan, denoisers: Sequence[Denoiser], x_T: Tensor, y: Tensor, schedules: list[StitchSchedule], seconds_each: list[float]) -> Walked:
+    """Walk all schedules; the bar counts seconds of work, so that its ETA knows which evaluations are dear."""
+    work = plan.walker.work(schedules, len(denoisers))
+    if work is None:  # an adaptive method finds its steps as it goes
+        bar = tqdm(desc="sampling", bar_format="{desc}: {n:.1f} s of work [{elapsed}]")
+    else:
+        bar = tqdm(desc="sampling", total=total_seconds(work, seconds_each), bar_format="{l_bar}{bar}| {n:.1f}/{total:.1f} s of work [{elapsed}<{remaining}]")
+    with bar:
+        return plan.walker.walk(
+            denoisers, x_T, y, schedules=schedules, guidance=plan.guidance, noise=plan.noise, max_batch=plan.max_batch,
+            callback=lambda denoiser, evaluations: bar.update(seconds_each[denoiser] * evaluations),
+        )  # fmt: skip
 
 
 def _decode(autoencoder: Autoencoder, latents: list[Tensor]) -> tuple[Tensor, float]:
@@ -126,18 +135,25 @@ def _decode(autoencoder: Autoencoder, latents: list[Tensor]) -> tuple[Tensor, fl
 
 
 def table(comparison: Comparison) -> str:
-    """Schedule, steps of each model, seconds per image, speed-up and quality, as Markdown."""
+    """Schedule, evaluations of each model, seconds per image, speed-up and quality, as Markdown."""
     cells = [
         [
             row.title,
-            "/".join(map(str, row.steps)),
+            "/".join(f"{n:.4g}" for n in row.evaluations),
             f"{row.seconds_per_image:.3f}",
-            f"{row.speed_up:.2f}",
+            "-" if row.speed_up is None else f"{row.speed_up:.2f}",
             "-" if row.fd_emoji is None else f"{row.fd_emoji:.2f}",
         ]
         for row in comparison.rows
     ]
-    return markdown_table(["schedule", f"steps {'/'.join(comparison.record['models'])}", "seconds per image", "speed-up", "FD-emoji"], cells)
+    return markdown_table(["schedule", f"evaluations {'/'.join(comparison.record['models'])}", "seconds per image", "speed-up", "FD-emoji"], cells)
+
+
+def report(plan: SamplingPlan, comparison: Comparison) -> None:
+    """Print the table, and say where its quality comes from."""
+    print(table(comparison))
+    if any(row.fd_emoji is not None for row in comparison.rows):
+        print(f"FD-emoji was measured before, over more pictures and perhaps in another number type: {', '.join(map(str, plan.preset.results))}")
 
 
 def save(folder: Path, plan: SamplingPlan, comparison: Comparison) -> None:
@@ -156,6 +172,6 @@ def save(folder: Path, plan: SamplingPlan, comparison: Comparison) -> None:
             {"schedules": [(row.seconds_per_image, row.fd_emoji, row.title) for row in rows]},
             xlabel="seconds per image on this machine",
             ylabel="FD-emoji (comparable only with itself)",
-            title=f"{' + '.join(comparison.record['models'].values())}, {plan.solver.num_steps} steps",
+            title=f"{' + '.join(comparison.record['models'].values())}, {plan.walker.describe()}",
         )
     write_json(folder / "results.json", comparison.record | {"rows": [asdict(row) for row in rows]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import math
 import os
@@ -52,7 +53,9 @@ def add_training_args(parser: argparse.ArgumentParser, results_dir: str) -> None
     learning.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the moving average, 0..1")
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--init-from", type=Path, metavar="FILE", help="start from these weights, not at random: a second round, or fine-tuning")
-    begin.add_argument("--load-ckpt", type=Path, metavar="FILE", help="start from another trainer's checkpoint (model, ema, opt: DiT, fast-DiT, GTA or ours)")
+    begin.add_argument(
+        "--load-ckpt", "--ckpt", type=Path, metavar="FILE", help="start from another run's checkpoint (model, ema, opt: DiT, fast-DiT, GTA, SiT or ours)"
+    )
     speed = parser.add_argument_group("speed and memory")
     speed.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="autocast type (default: what accelerate launch says, or no)")
     speed.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 for what stays float32 on a GPU")
@@ -64,7 +67,8 @@ def add_training_args(parser: argparse.ArgumentParser, results_dir: str) -> None
     run.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
     run.add_argument("--keep", type=positive_int, default=2, help="checkpoints to keep")
     run.add_argument("--log-every", type=positive_int, default=100, help="steps between lines of log.jsonl")
-    run.add_argument("--report-to", choices=TRACKERS, default="none", help="also log there")
+    run.add_argument("--report-to", choices=TRACKERS, default="none", help="also log there; wandb reads WANDB_KEY, ENTITY and PROJECT, where they are set")
+    run.add_argument("--wandb", dest="report_to", action="store_const", const="wandb", help="the same as --report-to wandb")
     run.add_argument("--export", type=Path, metavar="FILE", help="write the moving average here at the end, fp16 safetensors")
 
 
@@ -83,6 +87,16 @@ class TrainingPlan:
     def num_parts(self) -> int:
         """Parts of a global batch: processes times accumulation."""
         return self.accelerator.num_processes * self.args.gradient_accumulation_steps
+
+    def num_classes(self, wanted: int | None) -> int:
+        """Classes of the label table: --num-classes, or those of the data.
+
+        Raises:
+            InputError: if the data has more.
+        """
+        if wanted is not None and wanted < self.data.num_classes:
+            raise InputError(f"--num-classes {wanted} is less than the data's {self.data.num_classes}; leave it out or raise it")
+        return self.data.num_classes if wanted is None else wanted
 
     def batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
         """Latents (n, C, h, w) and labels (n,) of a part of a step, on the device."""
@@ -104,7 +118,7 @@ class TrainingPlan:
         args = self.args
         if args.compile:
             model.compile()
-        self.accelerator.init_trackers(args.results_dir.name, config={k: str(v) for k, v in vars(args).items()})
+        self._start_tracker()
         average = fit(
             model, losses, accelerator=self.accelerator, folder=args.results_dir, config=self._described() | config,
             optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay),
@@ -115,6 +129,17 @@ class TrainingPlan:
         )  # fmt: skip
         self.accelerator.end_training()
         return average
+
+    def _start_tracker(self) -> None:
+        """Begin the run of --report-to; for wandb with the environment variables of the published trainers, each of which may be missing."""
+        name = self.args.results_dir.name
+        wandb: dict[str, Any] = {"name": name, "id": str(int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10**8), "resume": "allow"}
+        if "ENTITY" in os.environ:
+            wandb["entity"] = os.environ["ENTITY"]
+        if self.args.report_to == "wandb" and "WANDB_KEY" in os.environ:
+            os.environ.setdefault("WANDB_API_KEY", os.environ["WANDB_KEY"])  # the name that wandb itself reads
+        project = os.environ.get("PROJECT", name) if self.args.report_to == "wandb" else name
+        self.accelerator.init_trackers(project, config={k: str(v) for k, v in vars(self.args).items()}, init_kwargs={"wandb": wandb})
 
     def _start_from(self, config: dict[str, Any]) -> Callable[[], dict[str, Any]] | None:
         """Read --load-ckpt or --init-from, when it is needed; `config` is that of the model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,25 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def measure_seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 7) -> list[float]:
+    """Seconds of each call: the least of `repeats`, since other work only adds time.
+
+    The calls take turns, so that a machine that slows down for a while slows all of them. Says so on stderr where other work disturbs too much.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    for repeat in tqdm(range(repeats + 1), desc="measuring step times", unit="round"):
+        for k, call in enumerate(calls):
+            wait_for(device)
+            start = time.perf_counter()
+            call()
+            wait_for(device)
+            if repeat > 0:  # the first round warms up
+                seconds[k].append(time.perf_counter() - start)
+    if any(statistics.median(s) > 1.5 * min(s) for s in seconds):
+        tqdm.write("warning: other work disturbs the clock; seconds and speed-ups are not to be trusted", file=sys.stderr)
+    return [min(s) for s in seconds]
+
+
 @torch.no_grad()
 def measure_step_seconds(
     denoisers: Sequence[Denoiser],
@@ -36,25 +55,15 @@ def measure_step_seconds(
     noise: Noise | None = None,
     repeats: int = 7,
 ) -> list[float]:
-    """Seconds of one guided solver step of each denoiser for the batch x (N, C, H, W), y (N,): the least of `repeats`, since other work only adds time.
-
-    The denoisers take turns, so that a machine that slows down for a while slows all of them. Says so on stderr where other work disturbs too much.
-    """
-    guidances = guidance_for_each(guidance, len(denoisers))
+    """Seconds of one guided solver step of each denoiser for the batch x (N, C, H, W), y (N,); see `measure_seconds`."""
     middle = solver.num_steps // 2
-    seconds: list[list[float]] = [[] for _ in denoisers]
-    for repeat in tqdm(range(repeats + 1), desc="measuring step times", unit="round"):
-        for k, (denoiser, guide) in enumerate(zip(denoisers, guidances, strict=True)):
-            wait_for(x.device)
-            start = time.perf_counter()
-            drawn = noise(middle, x) if noise is not None and solver.needs_noise else torch.zeros_like(x)
-            solver.step(x, middle, model_output(denoiser, guide, x, y, solver, middle), drawn, (x,))
-            wait_for(x.device)
-            if repeat > 0:  # the first round warms up
-                seconds[k].append(time.perf_counter() - start)
-    if any(statistics.median(s) > 1.5 * min(s) for s in seconds):
-        tqdm.write("warning: other work disturbs the clock; seconds and speed-ups are not to be trusted", file=sys.stderr)
-    return [min(s) for s in seconds]
+
+    def step(denoiser: Denoiser, guide: Guidance) -> None:
+        drawn = noise(middle, x) if noise is not None and solver.needs_noise else torch.zeros_like(x)
+        solver.step(x, middle, model_output(denoiser, guide, x, y, solver, middle), drawn, (x,))
+
+    pairs = zip(denoisers, guidance_for_each(guidance, len(denoisers)), strict=True)
+    return measure_seconds([lambda pair=pair: step(*pair) for pair in pairs], x.device, repeats)
 
 
 def predict_seconds(schedule: StitchSchedule, solver: Solver, step_seconds: Sequence[float]) -> float:

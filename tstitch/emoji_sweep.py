@@ -1,0 +1,201 @@
+"""FD-emoji of many schedules: every schedule sees the same noise and labels, and a killed sweep goes on to the same numbers.
+
+Processes of torchrun share the chunks of pictures; each stores its own sums after each chunk, which are added at the end. FD-emoji is comparable only
+with itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from tstitch.autoencoder import Autoencoder
+from tstitch.checkpoints import file_hash
+from tstitch.cli import SamplingPlan, positive_int
+from tstitch.errors import InputError
+from tstitch.files import atomic_path, check_folder, read_json, write_json
+from tstitch.generate import Ranks, walk
+from tstitch.metrics import FeatureStatistics, frechet_distance
+from tstitch.metrics.emoji import EmojiExtractor
+from tstitch.metrics.extractors import create_extractor, gather
+from tstitch.noise import SampleNoise
+from tstitch.presets import ROOT, DenoiserFile
+from tstitch.results import markdown_table
+from tstitch.schedule import StitchSchedule
+from tstitch.walker import total_seconds
+
+METRIC = "FD-emoji: Frechet distance in the features of the bundled extractor; comparable only with itself"
+
+
+def add_sweep_args(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add the words of a sweep; `sweep` reads them. `name` makes the default folders."""
+    parser.add_argument("--out", type=Path, default=Path(f"results/{name}.json"), help="results file to write, and a picture beside it")
+    parser.add_argument("--work-dir", type=Path, default=Path(f"runs/{name}"), help="where sums wait for a resume")
+    parser.add_argument("--chunk", type=positive_int, default=50, help="pictures walked together")
+    parser.add_argument("--models", type=Path, default=ROOT / "pretrained_models" / "emoji", help="folder of the extractor and its reference")
+
+
+def sweep(
+    args: argparse.Namespace,
+    ranks: Ranks,
+    plan: SamplingPlan,
+    files: Sequence[DenoiserFile],
+    schedules: Sequence[StitchSchedule],
+    load: Callable[[SamplingPlan, Sequence[DenoiserFile]], Sequence[Any]],
+) -> list[dict[str, Any]]:
+    """Measure every schedule over all pictures and write --out; every process calls it.
+
+    Args:
+        schedules: over `files`; the first is what the others are compared with.
+        load: called as load(plan, files), gives the denoisers.
+
+    Returns:
+        One row for each schedule, on the first process; [] on the others.
+
+    Raises:
+        InputError: on all processes, if something is missing, or the work folder belongs to another sweep.
+    """
+    with ranks.agree():
+        if len(plan.labels) < 2:
+            raise InputError("FD-emoji needs at least 2 images; pass a larger --num-images")
+        check_folder(args.out.parent)
+        denoisers, autoencoder = load(plan, files), Autoencoder(plan.vae, plan.device)
+        extractor = create_extractor("emoji", plan.device, args.models)
+        reference = extractor.references()
+        config = {
+            "settings": plan.settings,
+            "weights": {file.letter: file_hash(file.path) for file in files}
+            | {"vae": file_hash(autoencoder.weights), "features": file_hash(args.models / "features.safetensors")},
+            "labels": plan.labels.tolist(),
+            "seed": args.seed,
+            "dtype": args.dtype,
+            "chunk": args.chunk,
+            "processes": ranks.size,
+            "schedules": [schedule.to_json() for schedule in schedules],
+        }
+        sums = Sums(args.work_dir, config, ranks.rank, len(schedules), len(files))
+
+    chunks = [range(start, min(start + args.chunk, len(plan.labels))) for start in range(0, len(plan.labels), args.chunk)]
+    mine = chunks[ranks.rank :: ranks.size]
+    with tqdm(total=len(mine), initial=sums.done, desc=f"{len(schedules)} schedules", unit="chunk", disable=ranks.rank != 0) as bar:
+        for chunk in mine[sums.done :]:
+            walked = walk(plan, denoisers, schedules, chunk.start, chunk.stop)
+            for statistics, latents in zip(sums.statistics, walked.latents, strict=True):
+                gather(extractor, autoencoder.decode(latents), into=statistics)
+            sums.evaluations += len(chunk) * np.asarray(walked.evaluations, dtype=np.float64)
+            store(sums)
+            bar.update()
+    gathered = ranks.gather(sums)
+    if ranks.rank > 0:
+        return []
+    for other in gathered[1:]:
+        sums.add(other)
+
+    evaluations = (sums.evaluations / len(plan.labels)).tolist()
+    rows = make_rows(schedules, [file.letter for file in files], sums.statistics, reference, evaluations, measure(plan, denoisers))
+    write_json(
+        args.out,
+        {key: config[key] for key in ("settings", "weights", "seed", "dtype")}
+        | {
+            "num_images": len(plan.labels),
+            "metric": METRIC,
+            "date": time.strftime("%Y-%m-%d"),
+            "torch": torch.__version__,
+            "device": str(plan.device),
+            "rows": rows,
+        },
+    )
+    return rows
+
+
+class Sums:
+    """What a process has gathered so far: feature statistics and evaluations (schedules, denoisers) over the chunks it has done.
+
+    Raises:
+        InputError: if the folder belongs to another sweep.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], rank: int, num_schedules: int, num_denoisers: int) -> None:
+        self.path, self.done = folder / f"sums_{rank}.safetensors", 0
+        self.statistics = [FeatureStatistics(EmojiExtractor.dim) for _ in range(num_schedules)]
+        self.evaluations = np.zeros((num_schedules, num_denoisers))
+        if not (folder / "config.json").exists():
+            write_json(folder / "config.json", config)
+        elif read_json(folder / "config.json") != config:
+            raise InputError(f"{folder} holds a sweep with other settings; remove it or choose another --work-dir")
+        if self.path.exists():
+            tensors = load_file(self.path)
+            self.done, self.evaluations = int(tensors["done"]), tensors["evaluations"]
+            for k, statistics in enumerate(self.statistics):
+                statistics.totals = {name: tensors[f"{k}.{name}"] for name in statistics.totals}
+
+    def add(self, other: Sums) -> None:
+        """Add what another process has gathered."""
+        self.evaluations = self.evaluations + other.evaluations
+        for mine, theirs in zip(self.statistics, other.statistics, strict=True):
+            mine.totals = {name: mine.totals[name] + theirs.totals[name] for name in mine.totals}
+
+
+def store(sums: Sums) -> None:
+    """Count a chunk as done, and write the sums of all schedules at once."""
+    sums.done += 1
+    tensors = {f"{k}.{name}": np.asarray(value) for k, statistics in enumerate(sums.statistics) for name, value in statistics.totals.items()}
+    with atomic_path(sums.path) as temporary:
+        save_file(tensors | {"done": np.array(sums.done), "evaluations": sums.evaluations}, temporary)
+
+
+def measure(plan: SamplingPlan, denoisers: Sequence[Any]) -> list[float]:
+    """Seconds a picture of an evaluation of each denoiser, among 8 pictures."""
+    noise = SampleNoise(range(8))
+    x, y = noise.latents(denoisers[0].latent_shape, plan.device), torch.arange(8, device=plan.device) % plan.num_classes
+    return [seconds / 8 for seconds in plan.walker.evaluation_seconds(denoisers, x, y, guidance=plan.guidance, noise=noise, repeats=15)]
+
+
+def make_rows(
+    schedules: Sequence[StitchSchedule],
+    letters: Sequence[str],
+    statistics: Sequence[FeatureStatistics],
+    reference: dict[str, tuple[np.ndarray, np.ndarray]],
+    evaluations: list[list[float]],
+    seconds_each: Sequence[float],
+) -> list[dict[str, Any]]:
+    """One row for each schedule."""
+    seconds = [total_seconds(each, seconds_each) for each in evaluations]
+    quality = [{name: frechet_distance(gathered.mean, gathered.covariance, *reference[name]) for name in reference} for gathered in statistics]
+    return [
+        {
+            "schedule": schedule.to_json(),
+            "name": schedule.describe(letters),
+            "evaluations": evaluations[k],
+            "seconds_per_image": seconds[k],
+            "sampling_speed_up": seconds[0] / seconds[k],
+            "fd_emoji": quality[k]["train"],
+            "fd_emoji_held_out": quality[k]["held_out"],
+            "fd_relative": quality[k]["train"] / quality[0]["train"] - 1,
+        }
+        for k, schedule in enumerate(schedules)
+    ]
+
+
+def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Schedule, evaluations, speed-up and quality, as Markdown."""
+    cells = [
+        [
+            row["name"],
+            " + ".join(f"{n:.4g}" for n in row["evaluations"]),
+            f"{row['sampling_speed_up']:.2f}",
+            f"{row['fd_emoji']:.2f}",
+            f"{100 * row['fd_relative']:+.1f} %",
+            f"{row['fd_emoji_held_out']:.2f}",
+        ]
+        for row in rows
+    ]
+    return markdown_table(["schedule", "evaluations", "sampling speed-up", "FD-emoji", "against large alone", "FD-emoji, held-out reference"], cells)
