@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks import feature_loading
 from dit import extract_features, train
-from tstitch.autoencoder import Autoencoder, weights_file
+from tstitch.autoencoder import PIXELS, Autoencoder, weights_file
 from tstitch.cli import run
 from tstitch.data import FeatureStore, FileFeatures, ImageLatents, draw_latents, open_features, write_features
 from tstitch.errors import InputError
@@ -168,6 +168,31 @@ def test_an_autoencoder_of_the_hub_is_known_by_its_file_in_the_cache(tmp_path: P
     (repository / "refs" / "main").write_text("abc")
     assert weights_file("owner/name") == file
     assert not weights_file("owner/other").exists()
+
+
+def test_without_autoencoder_latents_are_pictures_from_folder_store_and_frozen_files_alike(pictures: Path, tmp_path: Path) -> None:
+    folder, autoencoder = ImageFolder(pictures, SIZE), Autoencoder(PIXELS)
+    images = torch.stack([folder.image(k) for k in range(13)])
+    sources = [ImageLatents(folder, PIXELS, flip=False)]
+    for layout in ("store", "files"):
+        extract_features.main(arguments(pictures, Path(PIXELS), tmp_path / layout, "--no-flip", "--layout", layout, "--dtype", "bf16"))
+        sources.append(open_features(tmp_path / layout))
+    for source in sources:
+        latents = source.latents(torch.arange(13))
+        torch.testing.assert_close(latents, images / 127.5 - 1, atol=0.005, rtol=0)
+        assert torch.equal(autoencoder.decode(latents), images)
+        assert source.latent_shape == autoencoder.latent_shape(SIZE) == (3, SIZE, SIZE) and source.index["vae_hash"] == sources[0].index["vae_hash"]
+    assert torch.equal(sources[0].latents(torch.arange(13)), sources[0].latents(torch.arange(13)))  # a posterior without variance
+    with pytest.raises(InputError, match="3 latent channels, the denoisers 4"):
+        autoencoder.check_fit((4, SIZE, SIZE), SIZE)
+
+
+def test_a_pixel_decodes_to_the_level_whose_cell_it_lies_in() -> None:
+    levels = torch.arange(256.0).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    for within in (0.001, 0.5, 0.999):
+        assert torch.equal(Autoencoder(PIXELS).decode(2 * (levels + within) / 256 - 1), levels.byte())
+    beyond = torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    assert Autoencoder(PIXELS).decode(beyond).unique().tolist() == [0, 255]
 
 
 def test_without_flip_there_is_one_image_of_each_picture(pictures: Path, vae: Path, store: Path, tmp_path: Path) -> None:

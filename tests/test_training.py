@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+import dit.train
+import sit.train
 from assets.emoji.emoji_data import load_drawings
 from assets.emoji.train_vae import build_vae, normalize_latents
 from dit import train
@@ -68,9 +71,10 @@ def kill_after(command: list[str], reached: Callable[[], bool]) -> None:
         process.wait()
 
 
-def test_a_run_killed_three_times_resumes_to_the_same_weights_and_log(features: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", [dit.train, sit.train], ids=lambda module: module.__name__)
+def test_a_run_killed_three_times_resumes_to_the_same_weights_and_log(features: Path, tmp_path: Path, train: ModuleType) -> None:
     more = ("--gradient-accumulation-steps", "2", "--lr-schedule", "cosine", "--clip-norm", "1")
-    command = [sys.executable, "dit/train.py", *arguments(features, tmp_path / "killed", 90, *more)]
+    command = [sys.executable, train.__file__, *arguments(features, tmp_path / "killed", 90, *more)]
     train.main(arguments(features, tmp_path / "whole", 90, *more))
     log = tmp_path / "killed" / "log.jsonl"
     for step in sorted(random.Random(time.time_ns()).sample(range(5, 80), 3)):

@@ -1,8 +1,10 @@
-"""Latents <-> pictures, through a diffusers AutoencoderKL."""
+"""Latents <-> pictures, through a diffusers AutoencoderKL, or through nothing for models of pixels."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from tstitch.torchvision_compat import prepare_torchvision
 
 # The two Stable Diffusion autoencoders that published DiT weights belong to.
 NAMED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
+PIXELS = "none"  # the name that stands for no autoencoder
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -20,32 +23,55 @@ def to_uint8(images: Tensor) -> Tensor:
     return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
+class _Identity(nn.Module):
+    """Takes the place of an AutoencoderKL for models of pixels: latents are pictures, without any variance.
+
+    The scaling factor puts level k of 0..255 at (k + 1/2) / 128 - 1, the middle of the cell that decodes to k: [k, k + 1) / 128 - 1.
+    """
+
+    config = SimpleNamespace(scaling_factor=255 / 256, block_out_channels=(3,), latent_channels=3)
+
+    def encode(self, x: Tensor) -> SimpleNamespace:
+        # float16 holds this log variance, and its standard deviation is 0 in float32.
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=x, logvar=torch.full_like(x, -1e4)))
+
+    def decode(self, z: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=z)
+
+
+def _load(source: str, dtype: torch.dtype) -> nn.Module:
+    prepare_torchvision()  # diffusers imports it where it is installed
+    from diffusers import AutoencoderKL  # seconds to import, so only where pictures are made
+
+    local = Path(source)
+    if not local.is_dir() and (local.is_absolute() or local.parts[:1] == ("pretrained_models",)):
+        raise InputError(f"no autoencoder at {source}; restore that folder or pass another with --vae")
+    try:
+        return AutoencoderKL.from_pretrained(source, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise InputError(f"could not load the autoencoder {source} ({first_line(error)}); pass its folder with --vae, or connect to the hub") from None
+
+
 class Autoencoder:
     """A frozen VAE with its scaling factor.
 
     Args:
-        source: mse, ema, a folder in diffusers format, or a hub name.
+        source: mse, ema, a folder in diffusers format, a hub name, or none: the latents are then the pictures (3, H, W) in [-1, 1], in float32.
 
     Raises:
         InputError: if the source is no such folder and cannot be fetched.
     """
 
     def __init__(self, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        prepare_torchvision()  # diffusers imports it where it is installed
-        from diffusers import AutoencoderKL  # seconds to import, so only where pictures are made
-
-        source = self.source = NAMED_VAES.get(str(source), str(source))
-        local = Path(source)
-        if not local.is_dir() and (local.is_absolute() or local.parts[:1] == ("pretrained_models",)):
-            raise InputError(f"no autoencoder at {source}; restore that folder or pass another with --vae")
-        try:
-            self.vae: nn.Module = AutoencoderKL.from_pretrained(source, torch_dtype=dtype).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"could not load the autoencoder {source} ({first_line(error)}); pass its folder with --vae, or connect to the hub") from None
+        self.source = NAMED_VAES.get(str(source), str(source))
+        if self.source == PIXELS:
+            dtype = torch.float32  # half precision would blur the 256 levels
+        vae = _Identity() if self.source == PIXELS else _load(self.source, dtype)
+        self.vae: nn.Module = vae.to(device).eval().requires_grad_(False)
         self.scaling_factor: float = self.vae.config.scaling_factor
         self.downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent in each direction
         self.latent_channels: int = self.vae.config.latent_channels
-        self.weights = weights_file(source)
+        self.weights = weights_file(self.source)
         self.device, self.dtype = torch.device(device), dtype
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
@@ -88,7 +114,9 @@ class Autoencoder:
 
 
 def weights_file(source: str | Path) -> Path:
-    """The file whose hash tells which autoencoder it is: in the folder, or in the hub's cache."""
+    """The file whose hash tells which autoencoder it is: in the folder, or in the hub's cache; for none an empty one."""
+    if str(source) == PIXELS:
+        return Path(os.devnull)
     names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
     if Path(source).is_dir():
         files = [Path(source) / name for name in names]

@@ -1,0 +1,81 @@
+"""The words that all SiT scripts share: which flow, and which differential equation walks it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from sit.transport import DIFFUSION_FORMS, LAST_STEPS, LOSS_WEIGHTS, ODE, ODE_METHODS, PATHS, PREDICTIONS, SDE, SDE_METHODS, Transport, create_transport
+from tstitch.errors import InputError
+
+TRANSPORT_WORDS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")  # arguments of create_transport, as checkpoints store them
+# Words of only one of the two equations, with their published defaults.
+ODE_WORDS: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-3, "reverse": False}
+SDE_WORDS: dict[str, Any] = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}
+
+
+def add_transport_args(parser: argparse.ArgumentParser) -> None:
+    """Add the words of the flow; `transport_from` reads them."""
+    group = parser.add_argument_group("flow (defaults: what the checkpoint says, else the published Linear path with velocity prediction)")
+    group.add_argument("--path-type", choices=PATHS, help="interpolant between noise and data")
+    group.add_argument("--prediction", choices=PREDICTIONS, help="what the model predicts")
+    group.add_argument("--loss-weight", choices=LOSS_WEIGHTS, help="weight of score and noise losses; sampling does not use it")
+    group.add_argument("--train-eps", type=float, help="time kept from the ends of [0, 1] in training, 0..0.5; sampling does not use it")
+    group.add_argument("--sample-eps", type=float, help="the same in sampling, where something is singular at an end")
+
+
+def transport_from(args: argparse.Namespace, said: Mapping[str, Any], source: object = "the checkpoint") -> Transport:
+    """The flow of the command line, with what a checkpoint says for the words that were not given.
+
+    Args:
+        said: TRANSPORT_WORDS that a checkpoint stores; {} where it stores none.
+        source: the checkpoint's name for the error.
+
+    Raises:
+        InputError: if a word is unknown, or path or prediction contradict the checkpoint.
+    """
+    given = {word: getattr(args, word) for word in TRANSPORT_WORDS}
+    for word in ("path_type", "prediction"):
+        if None not in (given[word], said.get(word)) and given[word] != said[word]:
+            raise InputError(f"{source} was trained with --{word.replace('_', '-')} {said[word]}, not {given[word]}; leave that out")
+    return create_transport(**(dict(said) | {word: value for word, value in given.items() if value is not None}))
+
+
+def transport_words(transport: Transport) -> dict[str, Any]:
+    """What a checkpoint stores of a flow: the arguments of `create_transport`."""
+    values = (transport.name, transport.prediction, transport.loss_weight, transport.train_eps, transport.sample_eps)
+    return dict(zip(TRANSPORT_WORDS, values, strict=True))
+
+
+def add_equation_args(parser: argparse.ArgumentParser) -> None:
+    """Add ODE or SDE, their words, and those of the flow; `equation_from` reads them."""
+    parser.add_argument("mode", choices=["ODE", "SDE"], help="differential equation to walk")
+    add_transport_args(parser)
+    both = f"ODE: {', '.join(ODE_METHODS)} (default dopri5); SDE: {', '.join(SDE_METHODS)} (default Euler)"
+    parser.add_argument("--sampling-method", metavar="NAME", help=both)
+    ode = parser.add_argument_group("ODE")
+    ode.add_argument("--atol", type=float, help="absolute tolerance of adaptive methods (default: 1e-6)")
+    ode.add_argument("--rtol", type=float, help="relative tolerance of adaptive methods (default: 1e-3)")
+    ode.add_argument("--reverse", action="store_const", const=True, help="walk from t = 1 to t = 0")
+    sde = parser.add_argument_group("SDE")
+    sde.add_argument("--diffusion-form", choices=DIFFUSION_FORMS, help="diffusion coefficient by time (default: sigma)")
+    sde.add_argument("--diffusion-norm", type=float, metavar="NORM", help="factor on it, at least 0 (default: 1)")
+    sde.add_argument("--last-step", choices=LAST_STEPS, help="how the last step is taken (default: Mean)")
+    sde.add_argument("--last-step-size", type=float, metavar="SIZE", help="its length in time, 0..1 (default: 0.04)")
+
+
+def equation_from(args: argparse.Namespace, transport: Transport, num_steps: int) -> ODE | SDE:
+    """The equation that the command line asks for.
+
+    Raises:
+        InputError: if a word belongs to the other equation, is out of range, or the flow is infinite where the equation needs it.
+    """
+    words, others = (ODE_WORDS, SDE_WORDS) if args.mode == "ODE" else (SDE_WORDS, ODE_WORDS)
+    foreign = [f"--{word.replace('_', '-')}" for word in others if getattr(args, word) is not None]
+    if foreign:
+        raise InputError(f"{', '.join(foreign)} belong to the {'SDE' if args.mode == 'ODE' else 'ODE'}; leave them out of {args.mode}")
+    given = {word: default if getattr(args, word) is None else getattr(args, word) for word, default in words.items()}
+    if args.mode == "ODE":
+        return ODE(transport, args.sampling_method or "dopri5", num_steps, **given)
+    return SDE(transport, args.sampling_method or "Euler", num_steps=num_steps, **given)

@@ -1,0 +1,76 @@
+"""Sample pictures with one SiT, along an ODE or an SDE.
+
+    python sit/sample.py ODE --preset emoji                                # the bundled large model, dopri5
+    python sit/sample.py SDE --preset emoji --num-sampling-steps 50
+    python sit/sample.py ODE --model SiT-XL/2 --ckpt SiT-XL-2-256x256.pt --sampling-method heun2 --class-labels 207 360
+
+With an adaptive ODE method each picture is walked alone, so that it does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sit.checkpoints import SIT_CONFIGS, flow_plan, load_flows
+from sit.cli import add_equation_args
+from tstitch.autoencoder import Autoencoder
+from tstitch.checkpoints import file_hash
+from tstitch.cli import add_model_args, add_sampling_args, choose_file, new_parser, run, sampling_plan
+from tstitch.files import check_folder, write_json
+from tstitch.plots import contact_sheet, save_image
+from tstitch.presets import SIT_PRESETS
+from tstitch.schedule import StitchSchedule
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = new_parser(__doc__)
+    add_equation_args(parser)
+    add_model_args(parser, SIT_CONFIGS)
+    parser.add_argument("--save_dir", type=Path, default=Path("samples"), help="folder to write")
+    add_sampling_args(parser, diffusion=False)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check, load, sample, save."""
+    args = parse_args(argv)
+    plan = sampling_plan(args, presets=SIT_PRESETS)
+    file = choose_file(args, plan)
+    check_folder(args.save_dir)
+    plan = flow_plan(args, plan, [file])
+    (denoiser,) = load_flows(plan, [file])
+    autoencoder = Autoencoder(plan.vae, plan.device)
+    autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
+
+    schedules = [StitchSchedule((1.0,))]
+    work = plan.walker.work(schedules, 1)
+    with tqdm(total=work and work[0], desc=file.model, unit="evaluation") as bar:
+        walked = plan.walker.walk(
+            [denoiser], plan.noise.latents(denoiser.latent_shape, plan.device), plan.labels.to(plan.device), schedules=schedules, guidance=plan.guidance,
+            noise=plan.noise, max_batch=plan.max_batch, callback=lambda _, evaluations: bar.update(evaluations),
+        )  # fmt: skip
+    save_image(args.save_dir / "sample.png", contact_sheet(autoencoder.decode(walked.latents[0])))
+    write_json(
+        args.save_dir / "config.json",
+        {
+            "model": file.model,
+            "weights": file_hash(file.path),
+            "settings": plan.settings,
+            "evaluations": walked.evaluations[0][0],
+            "seeds": plan.noise.seeds,
+            "labels": plan.labels.tolist(),
+            "dtype": args.dtype,
+        },
+    )
+    print(f"wrote {args.save_dir / 'sample.png'}: {walked.evaluations[0][0]:.4g} evaluations a picture")
+
+
+if __name__ == "__main__":
+    run(main)

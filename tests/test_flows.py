@@ -1,0 +1,384 @@
+"""Stitched flows: the ends of a schedule are the single models, evaluations are those that happen, and a sample depends on its seed alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import redraw_weights
+from PIL import Image
+from torch import Tensor
+
+from dit.checkpoints import load_dit
+from sit import checkpoints, sample, sample_ddp, sample_t_stitch, sweep_emoji, train
+from sit.bridge import Bridge, Diffusion, Flow
+from sit.checkpoints import load_sit, said_by
+from sit.cli import equation_from, transport_words
+from sit.flows import ODEWalker, SDEWalker
+from sit.models import SiT, SiT_models
+from sit.transport import DIFFUSION_FORMS, LAST_STEPS, ODE, PATHS, PREDICTIONS, SDE, Sampler, create_transport
+from sit.transport.ode import ADAPTIVE, ONE_STEP
+from tstitch import generate
+from tstitch.checkpoints import read_checkpoint, save_weights
+from tstitch.data import write_features
+from tstitch.errors import InputError
+from tstitch.guidance import ClassifierFreeGuidance
+from tstitch.noise import SampleNoise
+from tstitch.presets import ROOT
+from tstitch.schedule import StitchSchedule, two_way_ratios
+
+RATIOS = [StitchSchedule.from_ratio(ratio) for ratio in (0.0, 0.3, 0.5, 1.0)]
+METHODS = [*ONE_STEP, "explicit_adams", "dopri5", "bosh3"]
+
+
+def tiny_sit(seed: int, width: int = 32, patch_size: int = 2, std: float = 0.05) -> SiT:
+    return redraw_weights(SiT(input_size=8, patch_size=patch_size, hidden_size=width, depth=1, num_heads=4, num_classes=10), seed, std)
+
+
+class Counted:
+    """A model that counts how often it is called."""
+
+    def __init__(self, model: SiT) -> None:
+        self.model, self.latent_shape, self.calls = model, model.latent_shape, 0
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model(x, t, y)
+
+
+@pytest.fixture(scope="module")
+def models() -> list[SiT]:
+    return [tiny_sit(1, width=16, patch_size=4), tiny_sit(2)]
+
+
+def start(n: int = 3) -> tuple[Tensor, Tensor, SampleNoise]:
+    noise = SampleNoise(range(n))
+    return noise.latents((4, 8, 8)), torch.arange(n) % 10, noise
+
+
+def walker_of(method: str, path: str = "Linear", prediction: str = "velocity", **words: object) -> ODEWalker | SDEWalker:
+    transport = create_transport(path, prediction)
+    if method in ("Euler", "Heun"):
+        return SDEWalker(SDE(transport, method, "sigma", num_steps=9, **words))
+    return ODEWalker(ODE(transport, method, num_steps=9, **words), alone=False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_at_the_ends_of_the_front_a_stitched_ode_is_the_single_model(models: list[SiT], method: str) -> None:
+    x, y, _ = start()
+    walker = walker_of(method)
+    walked = walker.walk(models, x, y, schedules=[RATIOS[0], RATIOS[-1]], guidance=None)
+    for latents, model in zip(walked.latents, reversed(models), strict=True):
+        single = Sampler(walker.transport).sample_ode(method, 9)(x, model, y=y)[-1]
+        torch.testing.assert_close(latents, single, atol=1e-5, rtol=1e-5)
+        assert (latents - x).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["Euler", "Heun"])
+@pytest.mark.parametrize("last_step", ["Mean", "Tweedie", "None"])
+def test_at_the_ends_of_the_front_a_stitched_sde_is_the_single_model(models: list[SiT], method: str, last_step: str) -> None:
+    x, y, noise = start()
+    walker = SDEWalker(SDE(create_transport(sample_eps=1e-3), method, "sigma", last_step=last_step, num_steps=9))
+    walked = walker.walk(models, x, y, schedules=[RATIOS[0], RATIOS[-1]], guidance=None, noise=noise)
+    for latents, model in zip(walked.latents, reversed(models), strict=True):
+        states = Sampler(walker.transport).sample_sde(method, "sigma", last_step=last_step, num_steps=9, noise=noise)(x, model, y=y)
+        torch.testing.assert_close(latents, states[-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "Euler", "Heun"])
+def test_the_evaluations_that_are_reported_are_those_that_happened(models: list[SiT], method: str) -> None:
+    x, y, noise = start()
+    walker = walker_of(method)
+    counted = [Counted(model) for model in models]
+    together = walker.walk(counted, x, y, schedules=RATIOS, guidance=None, noise=noise)
+    if (work := walker.work(RATIOS, 2)) is not None:
+        assert work == [model.calls for model in counted]
+    for k, schedule in enumerate(RATIOS):
+        counted = [Counted(model) for model in models]
+        alone = walker.walk(counted, x, y, schedules=[schedule], guidance=None, noise=noise)
+        assert alone.evaluations[0] == together.evaluations[k] == [model.calls for model in counted]
+        assert torch.equal(alone.latents[0], together.latents[k])  # a shared beginning changes nothing
+
+
+def test_a_fixed_step_method_gives_each_model_its_share_of_the_steps(models: list[SiT]) -> None:
+    x, y, _ = start(1)
+    walker = ODEWalker(ODE(create_transport(), "heun3", num_steps=11))
+    assert walker.walk(models, x, y, schedules=RATIOS, guidance=None).evaluations == [[0, 30], [9, 21], [15, 15], [30, 0]]
+
+
+def test_an_adaptive_method_hands_over_at_a_point_in_time(models: list[SiT]) -> None:
+    x, y, _ = start(2)
+    seen: list[list[float]] = [[], []]
+
+    def spying(k: int) -> Counted:
+        return type("Spy", (), {"__call__": lambda self, x, t, y: (seen[k].append(float(t[0])), models[k](x, t, y))[1]})()
+
+    walker = walker_of("dopri5")
+    walker.walk([spying(0), spying(1)], x, y, schedules=[StitchSchedule.from_ratio(0.3)], guidance=None)
+    assert seen[0][0] == 0 and seen[1][0] == pytest.approx(0.3)
+    assert min(seen[1]) >= 0.3 - 1e-6
+
+
+@pytest.mark.parametrize("method", ["heun2", "dopri5", "Euler"])
+def test_a_sample_does_not_depend_on_its_batch(models: list[SiT], method: str) -> None:
+    x, y, noise = start(3)
+    walker = walker_of(method) if method == "Euler" else ODEWalker(ODE(create_transport(), method, num_steps=9))
+    whole = walker.walk(models, x, y, schedules=RATIOS, guidance=None, noise=noise, max_batch=2)
+    for i in range(3):
+        single = walker.walk(models, x[i : i + 1], y[i : i + 1], schedules=RATIOS, guidance=None, noise=SampleNoise([i]))
+        for a, b in zip(whole.latents, single.latents, strict=True):
+            torch.testing.assert_close(a[i : i + 1], b, atol=2e-4, rtol=1e-4)
+
+
+def test_guidance_is_that_of_forward_with_cfg(models: list[SiT]) -> None:
+    x, y, _ = start(2)
+    guidance = ClassifierFreeGuidance(3.0, 10, 3)
+    ours = walker_of("euler").walk(models, x, y, schedules=[RATIOS[0]], guidance=guidance).latents[0]
+    walk = Sampler(create_transport()).sample_ode("euler", 9)
+    published = walk(torch.cat([x, x]), models[1].forward_with_cfg, y=torch.cat([y, torch.full_like(y, 10)]), cfg_scale=3.0)[-1][:2]
+    torch.testing.assert_close(ours, published, atol=1e-5, rtol=1e-5)
+
+
+def test_three_models_and_models_that_come_back(models: list[SiT]) -> None:
+    x, y, _ = start(1)
+    three = [*models, tiny_sit(3)]
+    schedules = [StitchSchedule((0.25, 0.25, 0.5)), StitchSchedule((0.25, 0.5, 0.25), order=(0, 1, 0))]
+    assert walker_of("midpoint").walk(three, x, y, schedules=schedules, guidance=None).evaluations == [[4, 4, 8], [8, 8, 0]]
+    with pytest.raises(InputError, match="needs 3 denoisers"):
+        walker_of("dopri5").walk(models, x, y, schedules=schedules[:1], guidance=None)
+    with pytest.raises(InputError, match="fractions"):
+        walker_of("dopri5").walk(models, x, y, schedules=[StitchSchedule.from_thresholds([1.0])], guidance=None)
+
+
+class ExactNoise:
+    """The best prediction of the noise in x_t for data N(mean, spread^2), told a process's own time; a DiT's if `process` is Diffusion."""
+
+    latent_shape = (4, 8, 8)
+    mean, spread = 0.3, 0.5
+
+    def __init__(self, process: Diffusion | Flow) -> None:
+        self.process = process
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if isinstance(self.process, Flow):
+            alpha, sigma = self.process.transport.path.alpha(t), self.process.transport.path.sigma(t)
+        else:
+            table = self.process.log_ratios
+            ratio = (table[t.floor().long()] + (t - t.floor()) * (table[t.ceil().long()] - table[t.floor().long()])).float()
+            alpha, sigma = torch.sigmoid(2 * ratio).sqrt(), torch.sigmoid(-2 * ratio).sqrt()
+        alpha, sigma = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+        noise = sigma * (x - alpha * self.mean) / (alpha**2 * self.spread**2 + sigma**2)
+        if isinstance(self.process, Diffusion):
+            return torch.cat([noise, torch.zeros_like(noise)], dim=1)  # with a variance, as a DiT answers
+        velocity = self.process.transport.path.velocity_from_noise(noise, x, t.float())
+        return self.process.transport.output(velocity, x, t)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("source", ["DiT", "Linear noise", "VP score", "GVP velocity"])
+def test_a_carried_over_model_predicts_what_the_flow_s_own_would(path: str, source: str) -> None:
+    """The exact model of Gaussian data on its own process, carried over, is the exact model of the same data on the flow."""
+    process = Diffusion() if source == "DiT" else Flow(create_transport(*source.split()))
+    for prediction in PREDICTIONS:
+        transport = create_transport(path, prediction)
+        bridge = Bridge(ExactNoise(process), process, transport)
+        x, y, _ = start(1)
+        for t in (0.1, 0.4, 0.7, 0.95):
+            time = torch.full((1,), t)
+            expected = ExactNoise(Flow(transport))(x, time, y)
+            torch.testing.assert_close(bridge(x, time, y), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_a_dit_walks_a_flow_from_end_to_end() -> None:
+    """At the ends, where the flow's noise levels are past those that a DiT knows, it is asked at the nearest that it knows."""
+    x, y, _ = start(1)
+    transport = create_transport()
+    bridge = Bridge(ExactNoise(Diffusion()), Diffusion(), transport)
+    walked = ODEWalker(ODE(transport, "dopri5", rtol=1e-5)).walk([bridge], x, y, schedules=[StitchSchedule((1.0,))], guidance=None)
+    exact = ExactNoise.mean + ExactNoise.spread * x  # the flow maps N(0, 1) to N(mean, spread^2)
+    torch.testing.assert_close(walked.latents[0], exact, atol=0.02, rtol=0.02)
+
+
+def test_places_are_where_the_noise_level_is_the_asked_one() -> None:
+    log_ratio = torch.linspace(-3, 3, 7)
+    for process in (Diffusion(), *(Flow(create_transport(path)) for path in PATHS)):
+        place = process.place(log_ratio)
+        torch.testing.assert_close(place.alpha.log() - place.sigma.log(), log_ratio, atol=1e-3, rtol=1e-3)
+        assert (place.t.diff() < 0).all() if isinstance(process, Diffusion) else (place.t.diff() > 0).all()
+    assert Diffusion().place(torch.tensor([-math.inf, math.inf])).t.tolist() == [999, 0]
+
+
+# Scripts, on the emoji autoencoder and tiny models.
+
+TINY = {
+    "emoji-small": {"patch_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 4},
+    "emoji-large": {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 4},
+}
+FEW = ["--preset", "emoji", "--device", "cpu", "--class-labels", "0", "8"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features of six items, as large as the emoji latents."""
+    moments = np.random.default_rng(0).standard_normal((6, 1, 8, 16, 16)).astype(np.float32)
+    write_features(folder := tmp_path_factory.mktemp("store"), moments, np.arange(6), num_classes=9, vae="none", scaling_factor=1.0)
+    return folder
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of a small and a large model under the preset's names."""
+    monkeypatch.setattr(checkpoints, "EMOJI_SIZES", TINY)
+    flags = []
+    for seed, (flag, size) in enumerate(zip(("--s_ckpt", "--xl_ckpt"), TINY.values(), strict=True)):
+        model = redraw_weights(SiT(input_size=16, num_classes=9, **size), seed, 0.05)
+        path = tmp_path / f"{flag[2:]}.safetensors"
+        save_weights(path, model.state_dict(), model.config | transport_words(create_transport()), torch.float32)
+        flags += [flag, str(path)]
+    return flags
+
+
+@pytest.mark.parametrize("equation", [["ODE"], ["ODE", "--sampling-method", "heun2"], ["SDE"]], ids=" ".join)
+def test_all_tradeoffs_of_a_flow_make_a_grid_and_eleven_rows(weights: list[str], tmp_path: Path, equation: list[str]) -> None:
+    sample_t_stitch.main([*equation, *FEW, *weights, "--all_tradeoffs", "--num-sampling-steps", "4", "--save_dir", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["rows"]) == 11
+    assert Image.open(tmp_path / "out" / "grid.png").width > 600
+    assert results["settings"]["solver"].startswith(equation[0]) and results["settings"]["path"] == "Linear"
+    first, last = results["rows"][0], results["rows"][-1]
+    assert first["evaluations"][0] == last["evaluations"][1] == 0 < first["evaluations"][1]
+    assert first["speed_up"] == 1
+
+
+@pytest.mark.parametrize("equation", [["ODE"], ["ODE", "--reverse", "--sampling-method", "rk4"], ["SDE", "--last-step", "Tweedie"]], ids=" ".join)
+def test_one_model_makes_pictures_and_says_what_they_cost(weights: list[str], tmp_path: Path, equation: list[str]) -> None:
+    arguments = [*equation, *FEW, "--model", "emoji-large", "--ckpt", weights[3], "--num-sampling-steps", "4"]
+    sample.main([*arguments, "--save_dir", str(tmp_path / "one")])
+    record = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert record["evaluations"] > 0 and Image.open(tmp_path / "one" / "sample.png").width > 100
+
+
+@pytest.mark.parametrize("ratios", [[], ["--ratios", "0", "0.5"]], ids=["one model", "stitched"])
+@pytest.mark.parametrize("equation", ["ODE", "SDE"])
+def test_the_generator_writes_the_same_bytes_whatever_was_cut_off(
+    weights: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, equation: str, ratios: list[str]
+) -> None:
+    models = [*weights, *ratios] if ratios else ["--model", "emoji-large", "--ckpt", weights[3]]
+    arguments = [equation, *FEW[:4], *models, "--num-fid-samples", "5", "--per-proc-batch-size", "2", "--num-sampling-steps", "4", "--sample-dir"]
+    sample_ddp.main([*arguments, str(tmp_path / "whole")])
+    walk, calls = generate.walk, []
+
+    def dies_at_the_third_chunk(*given: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return walk(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "walk", dies_at_the_third_chunk)
+        with pytest.raises(KeyboardInterrupt):
+            sample_ddp.main([*arguments, str(tmp_path / "cut")])
+    sample_ddp.main([*arguments, str(tmp_path / "cut")])
+    written = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len(written) == (5 if ratios else 3)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cut").iterdir()} == written
+
+
+@pytest.mark.parametrize("equation", ["ODE", "SDE"])
+def test_one_rank_and_three_ranks_write_the_same_bytes(tmp_path: Path, equation: str) -> None:
+    model = redraw_weights(SiT_models["SiT-S/8"](input_size=16, num_classes=9), 1, 0.02)
+    save_weights(tmp_path / "weights.safetensors", model.state_dict(), model.config | transport_words(create_transport()))
+    arguments = [
+        "sit/sample_ddp.py", equation, *FEW[:4], "--model", "SiT-S/8", "--ckpt", str(tmp_path / "weights.safetensors"), "--num-fid-samples", "7",
+        "--per-proc-batch-size", "2", "--num-sampling-steps", "3", "--cfg-scale", "2", "--sample-dir",
+    ]  # fmt: skip
+    written = []
+    for ranks in (1, 3):
+        folder = tmp_path / str(ranks)
+        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *launcher, *arguments, str(folder)], cwd=ROOT, check=True, capture_output=True, env=environment)
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert written[0] == written[1] and "SiT-S-8.npz" in written[0]
+    pictures = np.load(tmp_path / "1" / "SiT-S-8.npz")["arr_0"]
+    assert pictures.shape == (7, 64, 64, 3) and pictures.std() > 5
+
+
+def test_a_sweep_of_a_flow_has_a_row_for_each_ratio(weights: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    sweep_emoji.main([
+        "ODE", *weights, "--device", "cpu", "--num-images", "4", "--chunk", "2", "--num-sampling-steps", "4", "--out", str(out),
+        "--work-dir", str(tmp_path / "w"),
+    ])  # fmt: skip
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == [schedule.describe(["S", "L"]) for schedule in two_way_ratios()]
+    assert all(row["fd_emoji"] > 0 and sum(row["evaluations"]) > 0 for row in rows)
+    assert out.with_suffix(".png").exists()
+
+
+def test_a_small_dit_is_carried_over_to_the_large_sit_s_flow(weights: list[str], tmp_path: Path) -> None:
+    dit = ROOT / "pretrained_models" / "emoji" / "dit-small.safetensors"
+    arguments = ["ODE", *FEW, "--sampling-method", "euler", "--s_ckpt", str(dit), *weights[2:], "--ratio", "0.5", "--num-sampling-steps", "5"]
+    sample_t_stitch.main([*arguments, "--save_dir", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]["evaluations"] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["ODE", "--diffusion-form", "SBDM"], "--diffusion-form belong to the SDE"),
+        (["SDE", "--rtol", "1e-4"], "--rtol belong to the ODE"),
+        (["SDE", "--diffusion-form", "SBDM"], "--sample-eps above 0"),
+        (["ODE", "--sampling-method", "heun"], "unknown --sampling-method 'heun' of an ODE"),
+        (["SDE", "--sampling-method", "dopri5"], "unknown --sampling-method 'dopri5' of an SDE"),
+        (["ODE", "--path-type", "VP"], "was trained with --path-type Linear, not VP"),
+        (["ODE", "--prediction", "noise"], "was trained with --prediction velocity, not noise"),
+        (["ODE", "--num-sampling-steps", "1"], "at least 2 times"),
+        (["SDE", "--last-step-size", "0"], "pass --last-step None"),
+        (["ODE", "--three_combo", "0.2", "0.2", "0.6"], "has no base model"),
+        (["ODE", "--atol", "0"], "must be above 0"),
+    ],
+)
+def test_what_cannot_be_walked_is_refused_with_the_flag_to_mend(weights: list[str], tmp_path: Path, arguments: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        sample_t_stitch.main([*arguments, *FEW, *weights, "--save_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_every_choice_of_the_command_line_samples_or_says_what_to_pass(weights: list[str]) -> None:
+    """All methods, forms, last steps and predictions, as words; which of them are finite is the transport's own test."""
+    for method in ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams", *ADAPTIVE):
+        args = sample_t_stitch.parse_args(["ODE", "--sampling-method", method])
+        assert isinstance(equation_from(args, create_transport(), 5), ODE)
+    for form in DIFFUSION_FORMS:
+        for last_step in LAST_STEPS:
+            args = sample_t_stitch.parse_args(["SDE", "--diffusion-form", form, "--last-step", last_step, "--diffusion-norm", "0.5"])
+            assert isinstance(equation_from(args, create_transport(sample_eps=1e-3), 5), SDE)
+
+
+def test_a_trained_sit_is_sampled_as_what_it_was_trained_for(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training checkpoint and export both say their flow, so that sampling needs no flags; the published samplers could not read their own trainer's."""
+    monkeypatch.setattr(checkpoints, "EMOJI_SIZES", TINY)
+    flow = ["--path-type", "GVP", "--prediction", "noise", "--loss-weight", "velocity", "--sample-eps", "0.01"]
+    run = ["--features-path", str(store), "--model", "emoji-large", "--max-steps", "2", "--global-batch-size", "4", "--num-classes", "9"]
+    train.main([*run, *flow, "--results-dir", str(tmp_path / "run"), "--export", str(tmp_path / "out.safetensors")])
+    for path in (tmp_path / "out.safetensors", tmp_path / "run" / "checkpoints" / "0000002.pt"):
+        said = said_by(read_checkpoint(path))
+        assert said == {"path_type": "GVP", "prediction": "noise", "loss_weight": "velocity", "train_eps": 1e-3, "sample_eps": 0.01}
+        assert load_sit(path).latent_shape == (4, 16, 16)
+        sample.main(["ODE", *FEW, "--model", "emoji-large", "--ckpt", str(path), "--sampling-method", "euler", "--save_dir", str(tmp_path / "s")])
+        assert json.loads((tmp_path / "s" / "config.json").read_text())["settings"]["path"] == "GVP"
+    with pytest.raises(InputError, match="was trained as a SiT"):
+        load_dit(tmp_path / "out.safetensors")
+    with pytest.raises(InputError, match="was trained with --path-type GVP, not Linear"):
+        train.main([*run, "--path-type", "Linear", "--ckpt", str(path), "--results-dir", str(tmp_path / "other")])
+    train.main([*run, "--ckpt", str(path), "--results-dir", str(tmp_path / "next")])
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["path_type"] == "GVP"
