@@ -142,7 +142,7 @@ class ODEWalker:
     def settings(self) -> dict[str, object]:
         """Flow, method, and what decides its steps."""
         ode = self.ode
-        steps = {"atol": ode.atol, "rtol": ode.rtol, "alone": self.alone} if ode.adaptive else {"num_steps": self.num_steps}
+        steps = {"atol": ode.atol, "rtol": ode.rtol} if ode.adaptive else {"num_steps": self.num_steps}
         return {"solver": f"ODE {ode.method}", **flow_settings(ode.transport), "times": ode.grid[[0, -1]].tolist(), **steps}
 
     def describe(self) -> str:

@@ -62,6 +62,7 @@ def likelihood(ranks: Ranks, args: argparse.Namespace, plan: SamplingPlan, file:
     """Measure the likelihood of data under one model."""
     with ranks.agree():
         (model,) = load_flows(plan, [file])
+        model.requires_grad_(False)  # the divergence differentiates by x alone
         data = open_likelihood_data(args, image_size=plan.image_size, num_classes=plan.num_classes, vae=plan.vae, device=plan.device)
     ode: ODE = plan.walker.ode
     measure_likelihood(

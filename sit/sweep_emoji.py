@@ -19,16 +19,18 @@ from sit.checkpoints import flow_plan, load_flows
 from sit.cli import add_equation_args
 from tstitch.cli import add_sampling_args, add_weights_args, new_parser, run, sampling_plan, stitched_files
 from tstitch.emoji_sweep import add_sweep_args, sweep, sweep_table
+from tstitch.errors import InputError
 from tstitch.generate import join_ranks
 from tstitch.plots import plot_tradeoff
 from tstitch.presets import SIT_PRESETS
-from tstitch.schedule import two_way_ratios
+from tstitch.schedule import StitchSchedule
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     add_equation_args(parser)
+    parser.add_argument("--ratios", type=float, nargs="+", metavar="R", default=[k / 10 for k in range(11)], help="the small model's shares, 0..1, 0 first")
     add_sweep_args(parser, "sit-emoji-sweep")
     add_weights_args(parser)
     add_sampling_args(parser, diffusion=False)
@@ -44,7 +46,9 @@ def main(argv: list[str] | None = None) -> None:
             plan = sampling_plan(args, presets=SIT_PRESETS)
             files = stitched_files(args, plan, three=False)
             plan = flow_plan(args, plan, files, alone=False)
-        rows = sweep(args, ranks, plan, files, two_way_ratios(), load_flows)
+            if args.ratios[0] != 0:
+                raise InputError(f"--ratios begins with {args.ratios[0]:g}; begin with 0, the large model alone, which the others are compared with")
+        rows = sweep(args, ranks, plan, files, [StitchSchedule.from_ratio(ratio) for ratio in args.ratios], load_flows)
     if not rows:
         return
     print(sweep_table(rows))

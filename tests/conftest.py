@@ -1,6 +1,6 @@
 """Shared pieces: tiny random models, and the golden reference files.
 
-The golden files were made by the published code (DiT, T-Stitch, GTA) on random weights. Tests read the copies under tests/golden; set
+The golden files were made by the published code (DiT, T-Stitch, GTA, SiT) on random weights. Tests read the copies under tests/golden; set
 TSTITCH_GOLDEN=FOLDER to hold the code to every file of another folder as well.
 """
 

@@ -294,7 +294,7 @@ def test_inspect_tells_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_doctor_finds_the_bundled_models_and_samples_one_step(capsys: pytest.CaptureFixture) -> None:
     main(["doctor", "--json"])
     found = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
-    assert found["torch"]["state"] in ("ok", "differs") and found["emoji emoji-large"]["state"] == "ok"
+    assert found["torch"]["state"] in ("ok", "differs") and found["emoji dit-large"]["state"] == found["emoji sit-large"]["state"] == "ok"
     assert found["one step"]["state"] == "ok"
     assert [name for name, finding in found.items() if finding["needed"]][:2] == ["torch", "numpy"]
     assert not found["ruff"]["needed"]
@@ -305,4 +305,4 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: p
     lost = replace(emoji, denoisers=tuple(replace(file, path=presets.ROOT / "nowhere" / file.path.name) for file in emoji.denoisers))
     monkeypatch.setitem(doctor.PRESETS, "emoji", lost)
     monkeypatch.setattr(doctor, "_one_step", lambda: doctor.Finding("one step", "failed", "", needed=True))
-    assert "emoji emoji-small, emoji emoji-base, emoji emoji-large, one step are missing or failed" in says(capsys, "doctor")
+    assert "emoji dit-small, emoji dit-base, emoji dit-large, one step are missing or failed" in says(capsys, "doctor")

@@ -32,7 +32,7 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_flag_that_the_documents_name_exists(capsys: pytest.CaptureFixture) -> None:
     checked = 0
     for document in DOCUMENTS:
-        for folder, name, rest in re.findall(r"(?<![\w/])(dit|benchmarks)/(\w+)\.py((?:[^\n`#]|\\\n)*)", document.read_text()):
+        for folder, name, rest in re.findall(r"(?<![\w/])(dit|sit|benchmarks)/(\w+)\.py((?:[^\n`#]|\\\n)*)", document.read_text()):
             flags = set(re.findall(r"--[a-zA-Z][\w-]*", rest))
             if flags:
                 with pytest.raises(SystemExit):

@@ -14,8 +14,8 @@ from PIL import Image
 from dit import sample as sample_script
 from dit import sample_t_stitch, sweep_emoji
 from dit.checkpoints import build_dit
-from tstitch.checkpoints import file_hash, save_weights
 from tstitch import emoji_sweep
+from tstitch.checkpoints import file_hash, save_weights
 from tstitch.cli import run, sampling_plan
 from tstitch.presets import ROOT, get_preset
 from tstitch.results import quality_by_schedule

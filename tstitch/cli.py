@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tstitch.autoencoder import NAMED_VAES
+from tstitch.autoencoder import NAMED_VAES, PIXELS
 from tstitch.diffusion import create_diffusion
 from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
@@ -114,7 +114,7 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, dif
     group.add_argument("--cfg-channels", metavar="N|all", help="how many latent channels are guided; published DiT samples guide 3 of 4")
     group.add_argument("--global-seed" if fid else "--seed", dest="seed", type=int, default=0, metavar="SEED", help="picture i is made from seed + i alone")
     group.add_argument("--max-batch", type=positive_int, default=64, metavar="N", help="most pictures in one denoiser call, before guidance doubles them")
-    group.add_argument("--vae", help="mse or ema (the Stable Diffusion autoencoders), a folder in diffusers format, or a hub name")
+    group.add_argument("--vae", help="mse or ema (the Stable Diffusion autoencoders), a folder in diffusers format, a hub name, or none for models of pixels")
     group.add_argument("--dtype", choices=DTYPES, default="fp32", help="number type of the denoisers' weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
@@ -225,6 +225,8 @@ def sampling_plan(
         preset = replace(preset, **preset.for_fid)
     if recipe:
         preset, solver = recipe.fill(preset), recipe.solver
+    if args.vae == PIXELS:
+        preset = replace(preset, downsampling=1)
     image_size = _given(args.image_size, preset.image_size)
     if image_size < 1 or image_size % preset.downsampling:
         raise InputError(f"--image-size {image_size} is not divisible by {preset.downsampling}, the pixels per latent; choose a multiple")

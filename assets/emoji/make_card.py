@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,11 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assets.emoji.emoji_data import DATASET, load_drawings
 from dit.checkpoints import load_denoisers
+from sit.checkpoints import load_flows
+from sit.flows import flow_walker
+from sit.transport import ODE, create_transport
 from tstitch.autoencoder import Autoencoder
-from tstitch.cli import add_sampling_args, new_parser, run, sampling_plan
+from tstitch.cli import SamplingPlan, add_sampling_args, new_parser, run, sampling_plan
+from tstitch.guidance import Denoiser
 from tstitch.plots import image_grid, plot_curves, save_image
-from tstitch.presets import ROOT
-from tstitch.sampling import sample
+from tstitch.presets import ROOT, SIT_PRESETS, DenoiserFile
 from tstitch.schedule import StitchSchedule
 
 
@@ -47,34 +52,46 @@ def nearest(pictures: Tensor, drawings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plot_losses(folder: Path) -> None:
-    """Loss by training step from logs/dit-{model}-{round}.jsonl, a model's second round behind its first."""
-    curves = {}
-    for model in ("small", "base", "large"):
-        curves[model], before = [], 0
-        for log in sorted((folder / "logs").glob(f"dit-{model}-*.jsonl")):
-            curves[model] += [(before + row["step"], row["loss"]) for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
-            before = curves[model][-1][0]
-    plot_curves(folder / "loss.png", {"loss (min-SNR weighted)": curves}, xlabel="training step")
+    """Loss by training step from logs/{backbone}-{model}*.jsonl, a model's second round behind its first."""
+    panels = {}
+    for name, backbone, models in (("DiT: noise, min-SNR weighted", "dit", ("small", "base", "large")), ("SiT: velocity", "sit", ("small", "large"))):
+        panels[name] = {}
+        for model in models:
+            curve, before = [], 0
+            for log in sorted((folder / "logs").glob(f"{backbone}-{model}*.jsonl")):
+                curve += [(before + row["step"], row["loss"]) for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
+                before = curve[-1][0]
+            panels[name][model] = curve
+    plot_curves(folder / "loss.png", panels, xlabel="training step")
+
+
+def plans(args: argparse.Namespace) -> Iterator[tuple[str, SamplingPlan, Sequence[DenoiserFile], Sequence[Denoiser]]]:
+    """Backbone, plan, files and models: the DiTs along DDIM, the SiTs along an ODE with as many evaluations."""
+    plan = sampling_plan(args)
+    yield "DiT", plan, plan.preset.denoisers, load_denoisers(plan, plan.preset.denoisers)
+    plan = replace(sampling_plan(args, presets=SIT_PRESETS), walker=flow_walker(ODE(create_transport(), "heun2", 11)))
+    yield "SiT", plan, plan.preset.denoisers, load_flows(plan, plan.preset.denoisers)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draw both pictures, print the distances."""
     args = parse_args(argv)
     plot_losses(args.models)
-    plan = sampling_plan(args)
     train, held_out = load_drawings(args.data, held_out=False), load_drawings(args.data, held_out=True)
-    autoencoder = Autoencoder(plan.vae, plan.device)
     columns, headers = [], []
-    for file, denoiser in zip(plan.preset.denoisers, load_denoisers(plan, plan.preset.denoisers), strict=True):
-        latents = sample(
-            [denoiser], plan.noise.latents(denoiser.latent_shape, plan.device), plan.labels.to(plan.device), schedule=StitchSchedule((1.0,)),
-            solver=plan.solver, guidance=plan.guidance, noise=plan.noise,
-        )  # fmt: skip
-        pictures = autoencoder.decode(latents)
-        index, distance = nearest(pictures, train.images)
-        print(f"{file.model}: nearest training drawing at {distance.median():.1f} grey levels (median of {len(distance)} samples)")
-        columns += [pictures, train.images[index]]
-        headers += [file.model.removeprefix("emoji-"), "nearest"]
+    for backbone, plan, files, denoisers in plans(args):
+        autoencoder = Autoencoder(plan.vae, plan.device)
+        for file, denoiser in zip(files, denoisers, strict=True):
+            walked = plan.walker.walk(
+                [denoiser], plan.noise.latents(denoiser.latent_shape, plan.device), plan.labels.to(plan.device), schedules=[StitchSchedule((1.0,))],
+                guidance=plan.guidance, noise=plan.noise, max_batch=plan.max_batch,
+            )  # fmt: skip
+            pictures = autoencoder.decode(walked.latents[0])
+            index, distance = nearest(pictures, train.images)
+            name = f"{backbone} {file.model.removeprefix('emoji-')}"
+            print(f"{name}: nearest training drawing at {distance.median():.1f} grey levels (median of {len(distance)} samples)")
+            columns += [pictures, train.images[index]]
+            headers += [name, "nearest"]
     print(f"held-out drawings: nearest training drawing at {nearest(held_out.images, train.images)[1].median():.1f} grey levels (median)")
     names = [plan.preset.class_name(label) for label in plan.labels.tolist()]
     save_image(args.models / "samples.png", image_grid(torch.stack(columns, dim=1), headers, names, cell=64))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tstitch.checkpoints.weights import file_hash
-from tstitch.presets import PRESETS, ROOT
+from tstitch.presets import PRESETS, ROOT, SIT_PRESETS
 
 WEIGHTS = ROOT / "pretrained_models"
 
@@ -89,10 +89,10 @@ def _multiplies(device: str, dtype: torch.dtype) -> bool:
 
 
 def _weights() -> Iterator[Finding]:
-    for preset in PRESETS.values():
+    for preset in (*PRESETS.values(), *SIT_PRESETS.values()):
         bundled = preset.name == "emoji"
-        files = {f"{preset.name} {file.model}": file.path for file in preset.denoisers}
-        if bundled:
+        files = {f"emoji {file.path.stem}" if bundled else f"{preset.name} {file.model}": file.path for file in preset.denoisers}
+        if preset is PRESETS["emoji"]:
             files["emoji autoencoder"] = Path(preset.vae) / "diffusion_pytorch_model.safetensors"
         for what, path in files.items():
             shown = path.relative_to(ROOT)
