@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-path", type=Path, required=True, help="folder with a folder of pictures for each class")
     parser.add_argument("--features-path", type=Path, default=Path("features"), help="folder to write, on a disk that all processes share")
     parser.add_argument("--image-size", type=positive_int, default=256, metavar="PIXELS", help="pictures are scaled and cropped to this square")
-    parser.add_argument("--vae", default="ema", help="mse or ema (the Stable Diffusion autoencoders), a folder in diffusers format, or a hub name")
+    parser.add_argument("--vae", default="ema", help="mse or ema (Stable Diffusion), a folder in diffusers format, a hub name, or none: pixels")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="keep the mirrored pictures too; not for letters or flags")
     parser.add_argument("--layout", choices=WRITERS, default="store", help="store: memory-mapped, a new draw each epoch; files: fast-DiT's, a frozen draw")
     parser.add_argument("--skip-bad", action="store_true", help="succeed although some pictures could not be decoded")

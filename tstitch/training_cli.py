@@ -33,7 +33,7 @@ def add_training_args(parser: argparse.ArgumentParser, results_dir: str) -> None
     data.add_argument("--features-path", type=Path, help="features from extract_features.py; the VAE is then not needed")
     data.add_argument("--data-path", type=Path, help="folder of class folders of pictures, encoded while training (slower)")
     data.add_argument("--image-size", type=positive_int, default=256, help="height and width the pictures are cropped to; with --data-path")
-    data.add_argument("--vae", default="ema", help="ema or mse (Stable Diffusion's), a diffusers folder, a hub name, or none (pixels); with --data-path or --eval-every")
+    data.add_argument("--vae", default="ema", help="ema or mse, a diffusers folder, a hub name, or none for pixels; with --data-path or --eval-every")
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures; with --data-path")
     data.add_argument("--num-workers", type=positive_int, default=4, help="threads that read pictures, in each process; with --data-path")
     data.add_argument("--class-balance", type=float, default=0.0, help="0: every item once an epoch; 1 draws classes evenly, 0.5 in between")
