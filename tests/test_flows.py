@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dit.checkpoints import load_dit
-from sit import checkpoints, sample, sample_ddp, sample_t_stitch, sweep_emoji, train
+from sit import checkpoints, plot_sweeps, sample, sample_ddp, sample_t_stitch, sweep_emoji, train
 from sit.bridge import Bridge, Diffusion, Flow
 from sit.checkpoints import load_sit, said_by
 from sit.cli import equation_from, transport_words
@@ -382,3 +382,20 @@ def test_a_trained_sit_is_sampled_as_what_it_was_trained_for(store: Path, tmp_pa
         train.main([*run, "--path-type", "Linear", "--ckpt", str(path), "--results-dir", str(tmp_path / "other")])
     train.main([*run, "--ckpt", str(path), "--results-dir", str(tmp_path / "next")])
     assert json.loads((tmp_path / "next" / "config.json").read_text())["path_type"] == "GVP"
+
+
+def test_sweeps_side_by_side_make_tables_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    keys = ("name", "evaluations", "seconds_per_image", "sampling_speed_up", "fd_emoji", "fd_relative", "fd_emoji_held_out")
+    rows = [dict(zip(keys, values, strict=True)) for values in (("L:100", [0, 20], 2.0, 1.0, 3.0, 0.0, 4.0), ("S:100", [20, 0], 0.5, 4.0, 4.5, 0.5, 5.0))]
+    paths = []
+    for k, solver in enumerate(("ODE heun2", "SDE Euler", "ODE dopri5")):
+        paths.append(tmp_path / f"{k}.json")
+        result = {"settings": {"solver": solver}, "models": {"S": "s", "L": "l"}, "num_images": 100 if k < 2 else 50, "rows": rows}
+        paths[-1].write_text(json.dumps(result))
+    for x in ("seconds", "evaluations"):
+        plot_sweeps.main([*map(str, paths[:2]), "--x", x, "--out", str(tmp_path / f"{x}.png")])
+        assert Image.open(tmp_path / f"{x}.png").width > 300
+    said = capsys.readouterr().out
+    assert len(re.findall(r"\| +L:100 \|", said)) == 4 and "+50.0 %" in said and "SDE Euler, 20 evaluations: s + l" in said
+    with pytest.raises(InputError, match="50, 100"):
+        plot_sweeps.main([*map(str, paths), "--out", str(tmp_path / "no.png")])

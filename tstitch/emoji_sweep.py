@@ -105,6 +105,7 @@ def sweep(
         args.out,
         {key: config[key] for key in ("settings", "weights", "seed", "dtype")}
         | {
+            "models": {file.letter: file.path.stem for file in files},
             "num_images": len(plan.labels),
             "metric": METRIC,
             "date": time.strftime("%Y-%m-%d"),
