@@ -17,12 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
 from tstitch.analysis import walk_similarity
-from tstitch.checkpoints import file_hash
 from tstitch.cli import add_sampling_args, new_parser, run, sampling_plan
 from tstitch.errors import InputError
 from tstitch.files import check_folder, write_json
 from tstitch.plots import plot_bands
-from tstitch.results import markdown_table
+from tstitch.results import markdown_table, run_record
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,13 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     write_json(
         args.save_dir / "similarity.json",
-        {
-            "models": {file.letter: file.model for file in files},
-            "weights": {file.letter: file_hash(file.path) for file in files},
-            "settings": plan.settings,
-            "seeds": plan.noise.seeds,
-            "labels": plan.labels.tolist(),
-            "dtype": args.dtype,
+        run_record(plan, files)
+        | {
             "timesteps": plan.solver.timesteps,
             "cosine": {name: {"mean": mean.tolist(), "std": spread.tolist()} for name, (mean, spread) in curves.items()},
         },

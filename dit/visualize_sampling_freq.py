@@ -21,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import DIT_CONFIGS, load_denoisers
 from tstitch.analysis import radial_counts, walk_spectra
-from tstitch.checkpoints import file_hash
 from tstitch.cli import add_model_args, add_posenc_arg, add_sampling_args, choose_file, new_parser, run, sampling_plan
 from tstitch.files import check_folder, write_json
 from tstitch.plots import plot_spectra
-from tstitch.results import markdown_table
+from tstitch.results import markdown_table, run_record
 
 OF = {"x_0": "power of the predicted clean latents", "x_t": "power of the latents after the step"}
 
@@ -64,13 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     plot_spectra(args.save_dir / "spectrum.png", whole, timesteps, ylabel=OF[args.of], title=f"{file.model}, {len(y)} images")
     write_json(
         args.save_dir / "spectrum.json",
-        {
-            "model": file.model,
-            "weights": file_hash(file.path),
-            "settings": plan.settings,
-            "seeds": plan.noise.seeds,
-            "labels": plan.labels.tolist(),
-            "dtype": args.dtype,
+        run_record(plan, [file])
+        | {
             "timesteps": timesteps,
             "counts": radial_counts(plan.latent_size).tolist(),
             "power": {name: power.tolist() for name, power in powers.items()},

@@ -13,19 +13,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sit.checkpoints import SIT_CONFIGS, flow_plan, load_flows
 from sit.cli import add_equation_args
-from tstitch.autoencoder import Autoencoder
-from tstitch.checkpoints import file_hash
 from tstitch.cli import add_model_args, add_sampling_args, choose_file, new_parser, run, sampling_plan
-from tstitch.files import check_folder, write_json
-from tstitch.plots import contact_sheet, save_image
+from tstitch.files import check_folder
 from tstitch.presets import SIT_PRESETS
-from tstitch.schedule import StitchSchedule
+from tstitch.sheet import sample_sheet
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,30 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     check_folder(args.save_dir)
     plan = flow_plan(args, plan, [file])
     (denoiser,) = load_flows(plan, [file])
-    autoencoder = Autoencoder(plan.vae, plan.device)
-    autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
-
-    schedules = [StitchSchedule((1.0,))]
-    work = plan.walker.work(schedules, 1)
-    with tqdm(total=work and work[0], desc=file.model, unit="evaluation") as bar:
-        walked = plan.walker.walk(
-            [denoiser], plan.noise.latents(denoiser.latent_shape, plan.device), plan.labels.to(plan.device), schedules=schedules, guidance=plan.guidance,
-            noise=plan.noise, max_batch=plan.max_batch, callback=lambda _, evaluations: bar.update(evaluations),
-        )  # fmt: skip
-    save_image(args.save_dir / "sample.png", contact_sheet(autoencoder.decode(walked.latents[0])))
-    write_json(
-        args.save_dir / "config.json",
-        {
-            "model": file.model,
-            "weights": file_hash(file.path),
-            "settings": plan.settings,
-            "evaluations": walked.evaluations[0][0],
-            "seeds": plan.noise.seeds,
-            "labels": plan.labels.tolist(),
-            "dtype": args.dtype,
-        },
-    )
-    print(f"wrote {args.save_dir / 'sample.png'}: {walked.evaluations[0][0]:.4g} evaluations a picture")
+    sample_sheet(args.save_dir, plan, denoiser, file)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_a_denoiser_is_like_itself_at_every_step_and_opposite_to_its_negative(sm
 def test_the_frequency_script_draws_and_writes_what_it_walked(tmp_path: Path, capsys: pytest.CaptureFixture, of: str) -> None:
     visualize_sampling_freq.main([*QUICK, "--model", "emoji-small", "--of", of, "--save_dir", str(tmp_path)])
     result = json.loads((tmp_path / "spectrum.json").read_text())
-    assert result["model"] == "emoji-small" and result["timesteps"][0] == 999 and result["seeds"] == [0, 1]
+    assert result["models"] == {"S": "emoji-small"} and result["timesteps"][0] == 999 and result["seeds"] == [0, 1]
     assert np.array(result["power"][of]).shape == (3, len(result["counts"])) and np.array(result["power"]["x_0"]).min() > 0
     assert np.allclose(result["power"]["x_t"][-1], result["power"]["x_0"][-1], rtol=0.2)  # the last step leaves nearly what it predicts
     assert np.asarray(Image.open(tmp_path / "spectrum.png")).std() > 10

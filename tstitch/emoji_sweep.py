@@ -28,7 +28,7 @@ from tstitch.metrics.emoji import EmojiExtractor
 from tstitch.metrics.extractors import create_extractor, gather
 from tstitch.noise import SampleNoise
 from tstitch.presets import ROOT, DenoiserFile
-from tstitch.results import markdown_table
+from tstitch.results import markdown_table, weight_hashes
 from tstitch.schedule import StitchSchedule
 from tstitch.walker import total_seconds
 
@@ -72,8 +72,7 @@ def sweep(
         reference = extractor.references()
         config = {
             "settings": plan.settings,
-            "weights": {file.letter: file_hash(file.path) for file in files}
-            | {"vae": file_hash(autoencoder.weights), "features": file_hash(args.models / "features.safetensors")},
+            "weights": weight_hashes(plan, files) | {"features": file_hash(args.models / "features.safetensors")},
             "labels": plan.labels.tolist(),
             "seed": args.seed,
             "dtype": args.dtype,

@@ -31,14 +31,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from tstitch.autoencoder import Autoencoder, weights_file
-from tstitch.checkpoints import file_hash
+from tstitch.autoencoder import Autoencoder
 from tstitch.cli import SamplingPlan, add_sampling_args, positive_int
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder, read_json, write_json
 from tstitch.noise import SampleNoise
 from tstitch.plots import save_image
 from tstitch.presets import DenoiserFile
+from tstitch.results import weight_hashes
 from tstitch.schedule import StitchSchedule
 from tstitch.walker import Walked
 
@@ -228,12 +228,12 @@ def walk(plan: SamplingPlan, denoisers: Sequence[Any], schedules: Sequence[Stitc
 
 def describe(args: argparse.Namespace, plan: SamplingPlan, files: Sequence[DenoiserFile], schedules: dict[str, StitchSchedule]) -> dict[str, Any]:
     """What decides the bytes of a sweep, and makes its results comparable; the number of ranks is not in it."""
-    vae, letters = weights_file(plan.vae), [file.letter for file in files]
+    letters = [file.letter for file in files]
     return {
         "settings": plan.settings,
         "models": {file.letter: file.model for file in files},
         "posenc": getattr(args, "posenc", None),  # of a file that does not say it
-        "weights": {file.letter: file_hash(file.path) for file in files} | {"vae": file_hash(vae) if vae.exists() else plan.vae},
+        "weights": weight_hashes(plan, files),
         "schedules": {name: {"schedule": schedule.to_json(), "name": schedule.describe(letters)} for name, schedule in schedules.items()},
         "num_images": len(plan.labels),
         "seed": args.seed,

@@ -1,4 +1,4 @@
-"""Tables of measured quality by schedule, and what must agree before two of their numbers may stand side by side."""
+"""What a result belongs to, tables of quality by schedule, and what must agree before two of their numbers may stand side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tstitch.autoencoder import weights_file
+from tstitch.checkpoints import file_hash
+from tstitch.cli import SamplingPlan
 from tstitch.files import read_json
+from tstitch.presets import DenoiserFile
+
+
+def run_record(plan: SamplingPlan, files: Sequence[DenoiserFile]) -> dict[str, Any]:
+    """What a run's results belong to: settings, seeds, labels, models and hashes of their weights, number type, machine."""
+    return {
+        "settings": plan.settings,
+        "seeds": plan.noise.seeds,
+        "labels": plan.labels.tolist(),
+        "models": {file.letter: file.model for file in files},
+        "weights": weight_hashes(plan, files),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": str(plan.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def weight_hashes(plan: SamplingPlan, files: Sequence[DenoiserFile]) -> dict[str, str]:
+    """Hash of each model's weights by its letter, and of the autoencoder's, whose name stands in where its file is not known."""
+    vae = weights_file(plan.vae)
+    return {file.letter: file_hash(file.path) for file in files} | {"vae": file_hash(vae) if vae.exists() else plan.vae}
 
 
 def quality_by_schedule(paths: Sequence[Path], settings: dict[str, Any], weights: dict[str, str], metric: str = "fd_emoji") -> dict[str, float]:

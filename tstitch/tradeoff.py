@@ -14,14 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tstitch.autoencoder import Autoencoder
-from tstitch.checkpoints import file_hash
 from tstitch.cli import SamplingPlan
 from tstitch.files import write_json
 from tstitch.guidance import Denoiser
 from tstitch.noise import SampleNoise
 from tstitch.plots import contact_sheet, image_grid, plot_tradeoff, save_image
 from tstitch.presets import DenoiserFile
-from tstitch.results import markdown_table, quality_by_schedule
+from tstitch.results import markdown_table, quality_by_schedule, run_record
 from tstitch.schedule import StitchSchedule
 from tstitch.walker import Walked, total_seconds
 
@@ -67,10 +66,8 @@ def compare(
     images, decode_seconds = _decode(autoencoder, walked.latents)
 
     letters = [file.letter for file in files]
-    weights = {file.letter: file_hash(file.path) for file in files}
-    if autoencoder.weights.exists():
-        weights["vae"] = file_hash(autoencoder.weights)
-    quality = quality_by_schedule(plan.preset.results, plan.settings, weights)
+    record = run_record(plan, files)
+    quality = quality_by_schedule(plan.preset.results, plan.settings, record["weights"])
     totals = [total_seconds(evaluations, seconds_each) + decode_seconds for evaluations in walked.evaluations]
     alone = _large_alone(plan, schedules, walked, len(denoisers))
     alone_seconds = None if alone is None else total_seconds(alone, seconds_each) + decode_seconds
@@ -86,19 +83,7 @@ def compare(
         )
         for schedule, evaluations, seconds in zip(schedules, walked.evaluations, totals, strict=True)
     ]
-    record = {
-        "settings": plan.settings,
-        "seeds": plan.noise.seeds,
-        "labels": plan.labels.tolist(),
-        "models": {file.letter: file.model for file in files},
-        "weights": weights,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "device": str(plan.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "step_seconds": dict(zip(letters, seconds_each, strict=True)),
-        "decode_seconds": decode_seconds,
-    }
+    record |= {"step_seconds": dict(zip(letters, seconds_each, strict=True)), "decode_seconds": decode_seconds}
     return Comparison(rows, images, record)
 
 

@@ -1,0 +1,37 @@
+"""Pictures of one model: sample them, save a sheet and the record that it belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tstitch.autoencoder import Autoencoder
+from tstitch.cli import SamplingPlan
+from tstitch.files import write_json
+from tstitch.plots import contact_sheet, save_image
+from tstitch.presets import DenoiserFile
+from tstitch.results import run_record
+from tstitch.schedule import StitchSchedule
+
+
+def sample_sheet(folder: Path, plan: SamplingPlan, denoiser: Any, file: DenoiserFile) -> None:  # noqa: ANN401  (a denoiser with a latent_shape)
+    """Sample the pictures of a plan with one denoiser; write folder/sample.png and config.json.
+
+    Raises:
+        InputError: if the denoiser's latents and the plan's autoencoder or pictures do not belong together.
+    """
+    autoencoder = Autoencoder(plan.vae, plan.device)
+    autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
+    schedules = [StitchSchedule((1.0,))]
+    work = plan.walker.work(schedules, 1)  # None where a method chooses its own steps
+    with tqdm(total=None if work is None else work[0], desc=file.model, unit="evaluation") as bar:
+        walked = plan.walker.walk(
+            [denoiser], plan.noise.latents(denoiser.latent_shape, plan.device), plan.labels.to(plan.device), schedules=schedules, guidance=plan.guidance,
+            noise=plan.noise, max_batch=plan.max_batch, callback=lambda _, evaluations: bar.update(evaluations),
+        )  # fmt: skip
+    save_image(folder / "sample.png", contact_sheet(autoencoder.decode(walked.latents[0])))
+    ((evaluations,),) = walked.evaluations
+    write_json(folder / "config.json", run_record(plan, [file]) | {"evaluations": evaluations})
+    print(f"wrote {folder / 'sample.png'}: {evaluations:.4g} evaluations a picture")
