@@ -27,18 +27,9 @@ def relative_to_largest(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
-@each("dit_forward_*.safetensors")
-def test_forward_and_guidance_equal_the_published_dit(path: Path) -> None:
-    check_forward(path)
-
-
-@each("gta_*.safetensors")
-def test_position_encodings_equal_the_published_gta(path: Path) -> None:
-    check_forward(path)
-
-
+@pytest.mark.parametrize("path", golden_files("gta_*.safetensors") + golden_files("dit_forward_*.safetensors"), ids=lambda p: p.stem)
 @torch.no_grad()
-def check_forward(path: Path) -> None:
+def test_forward_and_guidance_equal_the_published_dit_and_gta(path: Path) -> None:
     case = load_case(path)
     (model,), t = case.models(), case.tensors
     assert (model(t["in.x"], t["in.t"], t["in.y"]) - t["out.forward"]).abs().max() <= 1e-5

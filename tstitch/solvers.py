@@ -97,14 +97,14 @@ class DDIM(_DiffusionSolver):
         self.eta, self.needs_noise = eta, eta > 0
 
     def step(self, x: Tensor, i: int, model_output: Tensor, noise: Tensor | None = None, history: tuple[Tensor, ...] = ()) -> Step:
-        """x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma * noise; the last step adds no noise."""
+        """x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s - sigma^2) eps + sigma * noise; a step to clean data, abar_s = 1, has sigma 0."""
         k = self._index(i)
         pred_x0 = self._pred_x0(x, i, model_output)
         eps = self.diffusion.eps_from_pred_x0(x, k, pred_x0)
         abar, abar_next = float(self.diffusion.alphas_cumprod[k]), float(self.diffusion.alphas_cumprod_prev[k])
         sigma = self.eta * math.sqrt((1 - abar_next) / (1 - abar)) * math.sqrt(1 - abar / abar_next)
         x = math.sqrt(abar_next) * pred_x0 + math.sqrt(1 - abar_next - sigma**2) * eps
-        if sigma > 0 and k > 0:
+        if sigma > 0:
             x = x + sigma * _noise_for("DDIM with eta > 0", noise)
         return Step(x, pred_x0)
 
@@ -138,7 +138,44 @@ class DPMSolverPP(_DiffusionSolver):
         return Step(x, pred_x0, (pred_x0,))
 
 
-SOLVERS = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolverPP}
+class PLMS(_DiffusionSolver):
+    """Pseudo linear multistep: a deterministic DDIM step along an eps extrapolated from the last four. Liu et al. 2022, arXiv:2202.09778, Section 3.
+
+    The first step has no memory and is taken twice: evaluation 0 guesses the next x, evaluation 1 starts again with the mean of both eps. So N steps of
+    the process are N + 1 evaluations of the model, and those are what `num_steps` and `step(i)` count; a schedule's shares are shares of them.
+
+    The memory is kept when the denoiser changes: it holds predictions of the same noise, whoever made them.
+    """
+
+    # Weights of the newest eps first, by how many there are: the Adams-Bashforth methods.
+    WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+    def __init__(self, diffusion: GaussianDiffusion) -> None:
+        super().__init__(diffusion)
+        again = min(1, self.num_steps - 1)
+        self.timesteps.insert(1, self.timesteps[again])
+        self.sigmas.insert(1, self.sigmas[again])
+        self.num_steps += 1
+
+    def step(self, x: Tensor, i: int, model_output: Tensor, noise: Tensor | None = None, history: tuple[Tensor, ...] = ()) -> Step:
+        """Evaluation i; the history is the starting x and its eps after evaluation 0, then up to three eps, newest first."""
+        eps, _ = split_output(model_output, x)
+        if i == 0:
+            return self._along(x, 0, eps, (x, eps))
+        if i == 1:
+            return self._along(history[0], 0, (history[1] + eps) / 2, (history[1],))
+        known = (eps, *history)[:4]
+        extrapolated = sum(weight * e for weight, e in zip(self.WEIGHTS[len(known) - 1], known, strict=True))
+        return self._along(x, i - 1, extrapolated, known[:3])
+
+    def _along(self, x: Tensor, step: int, eps: Tensor, history: tuple[Tensor, ...]) -> Step:
+        k = self.diffusion.num_timesteps - 1 - step
+        pred_x0 = self.diffusion.pred_x0_from_eps(x, k, eps)
+        abar_next = float(self.diffusion.alphas_cumprod_prev[k])
+        return Step(math.sqrt(abar_next) * pred_x0 + math.sqrt(1 - abar_next) * eps, pred_x0, history)
+
+
+SOLVERS = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMSolverPP, "plms": PLMS}
 
 
 def create_solver(name: str, diffusion: GaussianDiffusion) -> Solver:

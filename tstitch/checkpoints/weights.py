@@ -21,6 +21,27 @@ from torch import Tensor, nn
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, read_json
 
+STEP_WORDS = ("step", "steps", "train_steps", "global_step")  # of DiT's, GTA's, fast-DiT's and Lightning's trainers
+
+
+class _Inert:
+    """Stands in a checkpoint for what a trainer left beside its weights; holds nothing and does nothing."""
+
+    def __init__(self, *ignored: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# Lightning before 1.5 names callbacks by their class and keeps their best score as a numpy number. None of it is imported or called here.
+_TRAINER_OBJECTS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -77,7 +98,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from None
     content = _unpickle(path)
-    weights = {name: content[name] for name in ("ema", "model") if name in content} or {"model": content}
+    weights = {name: content[name] for name in ("ema", "model") if name in content} or {"model": content.get("state_dict", content)}  # Lightning's word
     if not all(isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()) for state in weights.values()):
         raise InputError(f"{path} holds no state dict of tensors; pass a model checkpoint")
     if "model" in weights and weights["model"] is content:
@@ -86,16 +107,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
     status = content.get("status") or {}  # where GTA's trainer counts
     named = int(path.stem) if path.stem.isdigit() else None
-    step = next((place[key] for place in (content, status) for key in ("step", "steps", "train_steps") if key in place), named)
-    others = tuple(key for key in content if key not in ("ema", "model", "args", "step", "steps", "train_steps"))
+    step = next((place[key] for place in (content, status) for key in STEP_WORDS if key in place), named)
+    others = tuple(key for key in content if key not in ("ema", "model", "state_dict", "args", *STEP_WORDS))
     return Checkpoint(path, weights, arguments.get("model_config", {}), arguments, step, others)
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
     try:
-        # Published training checkpoints carry their command line as a Namespace: plain data, the one class allowed here. Mapped, not read: of a
+        # Published training checkpoints carry their command line as a Namespace: plain data, the one class let in. Mapped, not read: of a
         # training checkpoint's four times the model, only what is used reaches memory.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *((_Inert, name) for name in _TRAINER_OBJECTS)]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged or holds more than tensors and was not loaded ({first_line(error)}); fetch it again from its owner") from None

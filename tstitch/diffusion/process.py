@@ -62,6 +62,7 @@ class GaussianDiffusion:
         sigma_small: without learn_sigma, use the posterior variance instead of beta_t.
         vb_weight: factor on the variational term of the loss; 1 as in DiT.
         mse_in_loss: False trains on the variational bound alone (rescaled KL).
+        final_alpha_cumprod: alpha_bar that the last step goes to; 1 is clean data, LDM's sampler stops a little before.
     """
 
     def __init__(
@@ -72,17 +73,18 @@ class GaussianDiffusion:
         sigma_small: bool = False,
         vb_weight: float = 1.0,
         mse_in_loss: bool = True,
+        final_alpha_cumprod: float = 1.0,
     ) -> None:
         kept = list(range(len(betas))) if timesteps is None else sorted(set(timesteps))
         alphas_cumprod = np.cumprod(1.0 - np.asarray(betas, dtype=np.float64))[kept]
         self.original_num_steps = len(betas)
         self.timestep_map = np.array(kept)
         self.learn_sigma, self.vb_weight, self.mse_in_loss = learn_sigma, vb_weight, mse_in_loss
-        self.alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+        self.alphas_cumprod_prev = np.append(final_alpha_cumprod, alphas_cumprod[:-1])
         self.betas = np.asarray(betas, dtype=np.float64) if timesteps is None else 1 - alphas_cumprod / self.alphas_cumprod_prev
         # Cumulated again from the respaced betas: that is how the published schedules were computed, to the last bit.
-        self.alphas_cumprod = np.cumprod(1.0 - self.betas)
-        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas_cumprod = final_alpha_cumprod * np.cumprod(1.0 - self.betas)
+        self.alphas_cumprod_prev = np.append(final_alpha_cumprod, self.alphas_cumprod[:-1])
         self.num_timesteps = len(kept)
 
         one_minus = 1.0 - self.alphas_cumprod
