@@ -10,7 +10,7 @@ import torch
 
 from dit.models import DiT, DiT_models
 from tstitch.checkpoints import read_checkpoint
-from tstitch.checkpoints.convert import as_published
+from tstitch.checkpoints.convert import as_sized
 from tstitch.cli import SamplingPlan
 from tstitch.errors import InputError
 from tstitch.presets import DenoiserFile
@@ -52,15 +52,10 @@ def load_dit(path: str | Path, name: str | None = None, **told: Any) -> DiT:  # 
     if name is not None:
         with torch.device("meta"):
             wanted = build_dit(name).config
-        told = {"num_heads": wanted["num_heads"]} | told
     checkpoint = read_checkpoint(path)
     if "path_type" in checkpoint.arguments | checkpoint.config:
         raise InputError(f"{path} was trained as a SiT, whose time and output differ; a diffusion solver cannot sample it, pass a DiT")
-    published = as_published(checkpoint, **told)
-    sizes = ("patch_size", "hidden_size", "depth", "num_heads") if wanted else ()
-    differ = [f"{key} {published.config[key]}, {name} has {wanted[key]}" for key in sizes if published.config[key] != wanted[key]]
-    if differ:
-        raise InputError(f"{path} is a model of another size ({'; '.join(differ)}); pass weights of {name}")
+    published = as_sized(checkpoint, name, wanted, **told)
     return DiT.from_published(published, path)
 
 

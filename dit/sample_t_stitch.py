@@ -45,9 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     check_folder(folder)
     denoisers = load_denoisers(plan, files)
     autoencoder = Autoencoder(plan.vae, plan.device)
-    autoencoder.check_fit(denoisers[0].latent_shape, plan.image_size)
+    for denoiser in denoisers:
+        autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
     comparison = compare(plan, denoisers, files, schedules, autoencoder)
-    report(plan, comparison)
+    report(comparison)
     save(folder, plan, comparison)
     print(f"wrote {folder}")
 

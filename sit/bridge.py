@@ -43,12 +43,13 @@ class Diffusion:
 
     def __init__(self) -> None:
         alphas_cumprod = create_diffusion("").alphas_cumprod
-        self.log_ratios = torch.from_numpy(np.log(alphas_cumprod / (1 - alphas_cumprod)) / 2)  # falls with the timestep
+        self.log_ratios = torch.from_numpy(np.log(alphas_cumprod / (1 - alphas_cumprod)) / 2).float()  # falls with the timestep
 
     def place(self, log_ratio: Tensor) -> Place:
         """Timesteps 0..999, fractions among them, which a DiT takes as it takes whole ones."""
-        table = self.log_ratios.to(log_ratio.device).flip(0)  # rises
-        value = log_ratio.double().clamp(table[0], table[-1])
+        self.log_ratios = self.log_ratios.to(log_ratio.device)  # once: a copy in each evaluation would stall a GPU
+        table = self.log_ratios.flip(0)  # rises
+        value = log_ratio.float().clamp(table[0], table[-1])
         above = torch.searchsorted(table, value).clamp(1, len(table) - 1)
         fraction = (value - table[above - 1]) / (table[above] - table[above - 1])
         t = len(table) - 1 - (above - 1 + fraction)
@@ -93,12 +94,15 @@ class Bridge:
     Guidance may be applied to the answer: it is affine in the model's output, with coefficients that do not depend on the label.
     """
 
+    margin = 1e-4
+
     def __init__(self, model: Denoiser, process: Process, transport: Transport) -> None:
         self.model, self.process, self.transport = model, process, transport
         self.latent_shape = model.latent_shape
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         path = self.transport.path
+        t = t.clamp(self.margin, 1 - self.margin)  # at the ends noise levels, or their derivatives, may be infinite
         alpha, sigma = path.alpha(t), path.sigma(t)
         there = self.process.place(alpha.log() - sigma.log())
         # Equal where the ratios agree; past the ends of what the model knows, its own scale counts.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from sit.flows import flow_walker
 from sit.models import SiT, SiT_models
 from sit.transport import Transport, create_transport
 from tstitch.checkpoints import Checkpoint, read_checkpoint
-from tstitch.checkpoints.convert import as_published
+from tstitch.checkpoints.convert import as_sized
 from tstitch.cli import SamplingPlan
 from tstitch.errors import InputError
 from tstitch.guidance import Denoiser
@@ -52,7 +52,9 @@ def said_by(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def is_dit(checkpoint: Checkpoint) -> bool:
     """Whether it is a DiT of ours, or of a trainer that says so; a bare state dict may be either and is taken for a SiT."""
-    return bool(checkpoint.config or "model_config" in checkpoint.arguments) and not said_by(checkpoint)
+    if "model_config" in checkpoint.arguments or checkpoint.config:
+        return not said_by(checkpoint)
+    return str(checkpoint.arguments.get("model", "")).startswith("DiT")
 
 
 def load_sit(path: str | Path, name: str | None = None, **told: Any) -> SiT:  # noqa: ANN401  (what as_published may be told)
@@ -61,7 +63,10 @@ def load_sit(path: str | Path, name: str | None = None, **told: Any) -> SiT:  # 
     Raises:
         InputError: if the file cannot be read, is no SiT or of another size than `name`, or something has to be told.
     """
-    return _load(SiT, read_checkpoint(path), name, told)
+    checkpoint = read_checkpoint(path)
+    if is_dit(checkpoint):
+        raise InputError(f"{path} was trained as a DiT, whose time and output differ; sit/sample_t_stitch.py carries it over to a flow")
+    return _load(SiT, checkpoint, name, told)
 
 
 def _load(kind: type[DiT], checkpoint: Checkpoint, name: str | None, told: dict[str, Any]) -> Any:  # noqa: ANN401  (a `kind`)
@@ -69,40 +74,46 @@ def _load(kind: type[DiT], checkpoint: Checkpoint, name: str | None, told: dict[
     if name in SIT_CONFIGS:
         with torch.device("meta"):
             wanted = build_sit(name).config
-        told = {"num_heads": wanted["num_heads"]} | told
-    published = as_published(checkpoint, **told)
+    published = as_sized(checkpoint, name, wanted, **told)
     config = {key: value for key, value in published.config.items() if key not in TRANSPORT_WORDS}
-    sizes = ("patch_size", "hidden_size", "depth", "num_heads") if wanted else ()
-    differ = [f"{key} {config[key]}, {name} has {wanted[key]}" for key in sizes if config[key] != wanted[key]]
-    if differ:
-        raise InputError(f"{checkpoint.path} is a model of another size ({'; '.join(differ)}); pass weights of {name}")
     return kind.from_published(replace(published, config=config), checkpoint.path)
 
 
-def load_flows(plan: SamplingPlan, files: Sequence[DenoiserFile]) -> list[Denoiser]:
+def mark_dits(args: argparse.Namespace, files: Sequence[DenoiserFile]) -> list[DenoiserFile]:
+    """Small, (base,) large, with those that --dit names marked as DiTs."""
+    flags = ("s", "xl") if len(files) == 2 else ("s", "b", "xl")
+    return [replace(file, model="DiT") if flag in args.dit else file for flag, file in zip(flags, files, strict=True)]
+
+
+def load_flows(plan: SamplingPlan, files: Sequence[DenoiserFile], given: Mapping[str, Any] | None = None) -> list[Denoiser]:
     """Load the models of a sampling plan onto its device, in its number type, as models of its flow.
 
     A DiT, or a SiT that was trained on another path or for another prediction, is carried over by a `Bridge`.
 
+    Args:
+        given: words of the command line about the flow, for files that do not say it; without them Linear, velocity, as published.
+
     Raises:
-        InputError: if a file is missing or damaged, or was trained for other pictures or classes.
+        InputError: if a file is missing or damaged, or was trained for other pictures, latents or classes.
     """
     transport: Transport = plan.walker.transport
     models: list[Denoiser] = []
     for file in files:
         checkpoint = read_checkpoint(file.path)
         said = said_by(checkpoint)
-        kind, name = (DiT, None) if is_dit(checkpoint) else (SiT, file.model)
+        kind, name = (DiT, None) if is_dit(checkpoint) or file.model == "DiT" else (SiT, file.model)
         model = _load(kind, checkpoint, name, {"input_size": plan.latent_size, "num_classes": plan.num_classes})
         plan.check_fit(model, file.path)
-        model = model.to(plan.device, plan.dtype)
-        own = create_transport(**said)
+        model = model.to(plan.device, plan.dtype).requires_grad_(False)  # a likelihood differentiates by x alone
+        own = create_transport(**(dict(given or {}) | said))
         if kind is DiT:
             models.append(Bridge(model, Diffusion(), transport))
-        elif said and (own.name, own.prediction) != (transport.name, transport.prediction):
+        elif (own.name, own.prediction) != (transport.name, transport.prediction):
             models.append(Bridge(model, Flow(own), transport))
         else:
             models.append(model)
+    if len({model.latent_shape for model in models}) > 1:
+        raise InputError(f"models of latents {' and '.join(str(model.latent_shape) for model in models)} cannot be stitched; pass models of one autoencoder")
     return models
 
 

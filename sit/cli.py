@@ -35,11 +35,16 @@ def transport_from(args: argparse.Namespace, said: Mapping[str, Any], source: ob
     Raises:
         InputError: if a word is unknown, or path or prediction contradict the checkpoint.
     """
-    given = {word: getattr(args, word) for word in TRANSPORT_WORDS}
+    given = given_words(args)
     for word in ("path_type", "prediction"):
-        if None not in (given[word], said.get(word)) and given[word] != said[word]:
+        if given.get(word) not in (None, said.get(word, given.get(word))):
             raise InputError(f"{source} was trained with --{word.replace('_', '-')} {said[word]}, not {given[word]}; leave that out")
-    return create_transport(**(dict(said) | {word: value for word, value in given.items() if value is not None}))
+    return create_transport(**(dict(said) | given))
+
+
+def given_words(args: argparse.Namespace) -> dict[str, Any]:
+    """TRANSPORT_WORDS of the command line, without those that were not given."""
+    return {word: value for word in TRANSPORT_WORDS if (value := getattr(args, word)) is not None}
 
 
 def transport_words(transport: Transport) -> dict[str, Any]:
@@ -48,8 +53,8 @@ def transport_words(transport: Transport) -> dict[str, Any]:
     return dict(zip(TRANSPORT_WORDS, values, strict=True))
 
 
-def add_equation_args(parser: argparse.ArgumentParser) -> None:
-    """Add ODE or SDE, their words, and those of the flow; `equation_from` reads them."""
+def add_equation_args(parser: argparse.ArgumentParser, *, reverse: bool = False) -> None:
+    """Add ODE or SDE, their words, and those of the flow; `equation_from` reads them. A stitched trajectory has no --reverse: its first leg is the noisiest."""
     parser.add_argument("mode", choices=["ODE", "SDE"], help="differential equation to walk")
     add_transport_args(parser)
     both = f"ODE: {', '.join(ODE_METHODS)} (default dopri5); SDE: {', '.join(SDE_METHODS)} (default Euler)"
@@ -57,7 +62,8 @@ def add_equation_args(parser: argparse.ArgumentParser) -> None:
     ode = parser.add_argument_group("ODE")
     ode.add_argument("--atol", type=float, help="absolute tolerance of adaptive methods (default: 1e-6)")
     ode.add_argument("--rtol", type=float, help="relative tolerance of adaptive methods (default: 1e-3)")
-    ode.add_argument("--reverse", action="store_const", const=True, help="walk from t = 1 to t = 0")
+    if reverse:
+        ode.add_argument("--reverse", action="store_const", const=True, help="walk from t = 1 to t = 0")
     sde = parser.add_argument_group("SDE")
     sde.add_argument("--diffusion-form", choices=DIFFUSION_FORMS, help="diffusion coefficient by time (default: sigma)")
     sde.add_argument("--diffusion-norm", type=float, metavar="NORM", help="factor on it, at least 0 (default: 1)")
@@ -69,13 +75,24 @@ def equation_from(args: argparse.Namespace, transport: Transport, num_steps: int
     """The equation that the command line asks for.
 
     Raises:
-        InputError: if a word belongs to the other equation, is out of range, or the flow is infinite where the equation needs it.
+        InputError: if a word belongs to another equation or method, is out of range, or the flow is infinite where the equation needs it.
     """
     words, others = (ODE_WORDS, SDE_WORDS) if args.mode == "ODE" else (SDE_WORDS, ODE_WORDS)
-    foreign = [f"--{word.replace('_', '-')}" for word in others if getattr(args, word) is not None]
-    if foreign:
+    given = {word: value for word in (*words, *others) if (value := getattr(args, word, None)) is not None}
+    if foreign := [f"--{word.replace('_', '-')}" for word in others if word in given]:
         raise InputError(f"{', '.join(foreign)} belong to the {'SDE' if args.mode == 'ODE' else 'ODE'}; leave them out of {args.mode}")
-    given = {word: default if getattr(args, word) is None else getattr(args, word) for word, default in words.items()}
-    if args.mode == "ODE":
-        return ODE(transport, args.sampling_method or "dopri5", num_steps, **given)
-    return SDE(transport, args.sampling_method or "Euler", num_steps=num_steps, **given)
+    if args.mode == "SDE":
+        if args.last_step == "None" and "last_step_size" in given:
+            raise InputError("--last-step None has no size; leave --last-step-size out")
+        return SDE(transport, args.sampling_method or "Euler", num_steps=num_steps, **(words | given))
+    ode = ODE(transport, args.sampling_method or "dopri5", num_steps, **(words | given))
+    if not ode.has_tolerances and (given.keys() & {"atol", "rtol"}):
+        raise InputError(f"--atol and --rtol decide nothing in {ode.method}, which has fixed steps; leave them out, or pass an adaptive --sampling-method")
+    return ode
+
+
+def add_dit_arg(parser: argparse.ArgumentParser) -> None:
+    """Add which weights are a DiT's; `sit.checkpoints.mark_dits` reads it."""
+    parser.add_argument(
+        "--dit", nargs="+", choices=["s", "b", "xl"], default=[], help="models whose weights are a DiT's and do not say so; they are carried over to the flow"
+    )

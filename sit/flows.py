@@ -46,7 +46,7 @@ class Guided:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls += 1
         start, stop = self.bounds
-        progress = (float(t[0]) - start) / (stop - start) if self.reads_time else 0.0
+        progress = min((float(t[0]) - start) / (stop - start), 1 - 1e-6) if self.reads_time else 0.0  # below 1, as guidance expects
         batches = zip(*(part.split(self.max_batch) for part in (x, t, self.y)), strict=True)
         outputs = [self.guidance(self.denoiser, *batch, progress) for batch in batches]
         if self.on_call is not None:
@@ -142,8 +142,9 @@ class ODEWalker:
     def settings(self) -> dict[str, object]:
         """Flow, method, and what decides its steps."""
         ode = self.ode
-        steps = {"atol": ode.atol, "rtol": ode.rtol} if ode.adaptive else {"num_steps": self.num_steps}
-        return {"solver": f"ODE {ode.method}", **flow_settings(ode.transport), "times": ode.grid[[0, -1]].tolist(), **steps}
+        steps = {} if ode.adaptive else {"num_steps": self.num_steps}
+        tolerances = {"atol": ode.atol, "rtol": ode.rtol} if ode.has_tolerances else {}
+        return {"solver": f"ODE {ode.method}", **flow_settings(ode.transport), "times": ode.grid[[0, -1]].tolist(), **steps, **tolerances}
 
     def describe(self) -> str:
         """Method and number of steps."""
@@ -157,8 +158,8 @@ class ODEWalker:
         """Sample every schedule; noise is not used."""
         if self.ode.adaptive:
             return self._walk_adaptive(denoisers, x_T, y, schedules, guidance, max_batch, callback)
-        grid = self.ode.grid.to(x_T)
-        models = guide(denoisers, guidance, y, self.ode.grid, max_batch, callback)
+        grid = self.ode.grid
+        models = guide(denoisers, guidance, y, grid, max_batch, callback)
         return walk_tree(models, x_T, self._owners(schedules, len(denoisers)), lambda model, x, a, b: self._advance(model, x, grid[a : b + 1]), self._shared)
 
     def _walk_adaptive(
@@ -174,7 +175,7 @@ class ODEWalker:
                 share = len(x) / len(x_T)
                 models = guide(denoisers, guidance, labels, self.ode.grid, max_batch, callback, share)
                 for span in schedule.spans():
-                    times = torch.tensor([start + (stop - start) * progress for progress in (span.start, span.stop)], dtype=x.dtype, device=x.device)
+                    times = torch.tensor([start + (stop - start) * progress for progress in (span.start, span.stop)])
                     x = self._advance(models[span.denoiser], x, times)
                 parts.append(x)
                 counts = [n + share * model.calls for n, model in zip(counts, models, strict=True)]
@@ -183,7 +184,7 @@ class ODEWalker:
         return Walked(latents, evaluations)
 
     def _advance(self, model: Guided, x: Tensor, times: Tensor) -> Tensor:
-        return self.ode.integrate(self.ode.drift(model), x, times)[-1]
+        return self.ode.integrate(self.ode.drift(model), x, times)
 
     @property
     def _shared(self) -> bool:
@@ -196,18 +197,25 @@ class ODEWalker:
         """Evaluations of a one-step method, whose schedules share their beginnings; None for the others."""
         if not self._shared:
             return None
-        return count_shared(self._owners(schedules, num_denoisers), num_denoisers, lambda i: ONE_STEP[self.ode.method])
+        return count_shared(self._owners(schedules, num_denoisers), num_denoisers, lambda i: len(ONE_STEP[self.ode.method].b))
 
     @torch.no_grad()
     def evaluation_seconds(
         self, denoisers: Sequence[Denoiser], x: Tensor, y: Tensor, *, guidance: Guidances, noise: Noise | None = None, repeats: int = 7
     ) -> list[float]:
-        """Measured in the middle of the trajectory; of samples that are walked alone, one after the other."""
-        n, t = len(x), self.ode.grid[[0, -1]].mean().to(x)
+        """Measured on a step in the middle of the trajectory; of an adaptive method the drift alone, of samples that are walked alone one after the other."""
+        n, middle = len(x), (self.num_steps - 1) // 2
         if self.ode.adaptive and self.alone:
             x, y = x[:1], y[:1]
-        drifts = [self.ode.drift(model) for model in guide(denoisers, guidance, y, self.ode.grid, len(x), None)]
-        return [seconds * n / len(x) for seconds in measure_seconds([lambda drift=drift: drift(t, x) for drift in drifts], x.device, repeats)]
+        models = guide(denoisers, guidance, y, self.ode.grid, len(x), None)
+        if self._shared:
+            calls = [lambda model=model: self._advance(model, x, self.ode.grid[middle : middle + 2]) for model in models]
+            each = len(ONE_STEP[self.ode.method].b)
+        else:
+            t = self.ode.grid[[0, -1]].mean().to(x)
+            drifts = [self.ode.drift(model) for model in models]
+            calls, each = [lambda drift=drift: drift(t, x) for drift in drifts], 1
+        return [seconds * n / len(x) / each for seconds in measure_seconds(calls, x.device, repeats)]
 
 
 @dataclass(frozen=True)
@@ -271,10 +279,11 @@ class SDEWalker:
     def evaluation_seconds(
         self, denoisers: Sequence[Denoiser], x: Tensor, y: Tensor, *, guidance: Guidances, noise: Noise | None, repeats: int = 7
     ) -> list[float]:
-        """Measured in the middle of the trajectory."""
-        t = self.sde.grid.median().to(x).expand(len(x))
+        """Measured on a step in the middle of the trajectory, its noise included."""
+        middle = (self.sde.num_steps - 1) // 2
         models = guide(denoisers, guidance, y, self.sde.grid, len(x), None)
-        return measure_seconds([lambda model=model: self.sde.drift(model, x, t) for model in models], x.device, repeats)
+        calls = [lambda model=model: self.sde.step(model, x, middle, torch.randn_like(x) if noise is None else noise(middle, x)) for model in models]
+        return [seconds / self.sde.evaluations_per_step for seconds in measure_seconds(calls, x.device, repeats)]
 
 
 def walk_euler(transport: Transport, num_steps: int) -> Walk:

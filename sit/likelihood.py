@@ -15,9 +15,9 @@ Item i draws its latent from the posterior, its u and its probes from the seed p
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,12 +39,13 @@ from tstitch.cli import positive_int
 from tstitch.data import Features, ImageLatents, open_features
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder, read_json, write_json
-from tstitch.generate import Ranks
+from tstitch.generate import Ranks, fix_arithmetic
 from tstitch.guidance import Denoiser
 from tstitch.noise import SampleNoise
 from tstitch.pictures import ImageFolder
 
 DEQUANTIZATIONS = ("none", "uniform", "gaussian")
+SAMPLING_WORDS = {"png": False, "class_labels": None, "num_images": None, "max_batch": None}  # of the generator, with their defaults
 GAUSSIAN_WIDTH = 1 / 6  # standard deviation in levels: a cell ends three of them from its middle
 MOST_CALLS = 2**32  # of the model along one trajectory: each of the --probes has so many numbers of its own
 
@@ -77,6 +78,9 @@ def wants_likelihood(args: argparse.Namespace, *, equation: str, cfg_scale: floa
         if given:
             raise InputError(f"{', '.join(given)} belong to --likelihood; pass that too, or leave them out")
         return False
+    idle = [f"--{word.replace('_', '-')}" for word, default in SAMPLING_WORDS.items() if getattr(args, word, default) != default]
+    if idle:
+        raise InputError(f"{', '.join(idle)} belong to sampling, and --likelihood samples nothing; leave them out")
     if equation != "ODE":
         raise InputError("--likelihood follows the ODE; an SDE has no path back, so pass ODE")
     if cfg_scale != 1:
@@ -160,7 +164,10 @@ class LikelihoodFolder:
 
     def left(self) -> list[int]:
         """Chunks that are still to be measured."""
-        return [] if self.result.exists() else [c for c in range(len(self.chunks)) if not self.chunk(c).exists()]
+        if self.result.exists():
+            return []
+        done = {path.name for path in self.work.glob("*.npy")}
+        return [c for c in range(len(self.chunks)) if self.chunk(c).name not in done]
 
     def begin(self, config: dict[str, Any]) -> None:
         """Prepare for the chunks that are left.
@@ -227,9 +234,7 @@ def measure_likelihood(
     Raises:
         InputError: on all ranks, if the data do not fit, or the folder belongs to another measurement; on one, if a likelihood is not finite.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # what torchrun sets for its processes
+    fix_arithmetic(device, args.tf32)
     main, pixels, probes, count = ranks.rank == 0, data.index.get("vae") == PIXELS, args.probes or 1, args.num_likelihood_samples or len(data)
     how = args.dequantization or ("uniform" if pixels else "none")
     walk_with = partial(Sampler(transport).sample_ode_likelihood, method, num_steps, atol, rtol)
@@ -248,7 +253,8 @@ def measure_likelihood(
     config = {
         **settings, "flow": transport_words(transport), "method": method, "num_steps": num_steps, "atol": atol, "rtol": rtol, "probes": probes,
         "dequantization": how, "num_images": count, "seed": seed, "batch_size": batch, "tf32": args.tf32, "device": device.type,
-        "data": {key: value for key, value in data.index.items() if key not in ("vae", "class_names", "damaged")},  # the VAE's hash says which it is
+        "data": {key: value for key, value in data.index.items() if key not in ("vae", "class_names", "damaged")}  # the VAE's hash says which it is
+        | {"labels": hashlib.sha256(data.labels.numpy().tobytes()).hexdigest()[:16]},
         "threads": torch.get_num_threads() if device.type == "cpu" else None, "torch": torch.__version__,
     }  # fmt: skip
     config = json.loads(json.dumps(config))  # as it is read back

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sit.checkpoints import SIT_CONFIGS, flow_plan, load_flows
-from sit.cli import add_equation_args
+from sit.cli import add_equation_args, given_words
 from tstitch.cli import add_model_args, add_sampling_args, choose_file, new_parser, run, sampling_plan
 from tstitch.files import check_folder
 from tstitch.presets import SIT_PRESETS
@@ -26,7 +26,7 @@ from tstitch.sheet import sample_sheet
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    add_equation_args(parser)
+    add_equation_args(parser, reverse=True)
     add_model_args(parser, SIT_CONFIGS)
     parser.add_argument("--save_dir", type=Path, default=Path("samples"), help="folder to write")
     add_sampling_args(parser, diffusion=False)
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     file = choose_file(args, plan)
     check_folder(args.save_dir)
     plan = flow_plan(args, plan, [file])
-    (denoiser,) = load_flows(plan, [file])
+    (denoiser,) = load_flows(plan, [file], given_words(args))
     sample_sheet(args.save_dir, plan, denoiser, file)
 
 

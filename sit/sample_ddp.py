@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sit.checkpoints import SIT_CONFIGS, flow_plan, load_flows
-from sit.cli import add_equation_args
+from sit.checkpoints import SIT_CONFIGS, flow_plan, load_flows, mark_dits
+from sit.cli import add_dit_arg, add_equation_args, given_words
 from sit.likelihood import add_likelihood_args, measure_likelihood, open_likelihood_data, wants_likelihood
 from sit.transport import ODE
 from tstitch.checkpoints import file_hash
@@ -36,6 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_args(parser, SIT_CONFIGS)
     parser.add_argument("--ratios", type=float, nargs="+", metavar="R", help="stitch: the small model's shares of the steps, 0..1, in place of one model")
     add_weights_args(parser)
+    add_dit_arg(parser)
     add_likelihood_args(parser)
     add_generation_args(parser, Path("samples/sit_ddp"), diffusion=False)
     return parser.parse_args(argv)
@@ -48,21 +50,20 @@ def choose(args: argparse.Namespace, plan: SamplingPlan) -> tuple[list[DenoiserF
         InputError: if it asks for one model and for stitching.
     """
     if args.ratios is None:
-        if args.s_ckpt or args.b_ckpt or args.xl_ckpt:
-            raise InputError("--s_ckpt, --b_ckpt and --xl_ckpt belong to --ratios; pass --ckpt for one model")
+        if args.s_ckpt or args.b_ckpt or args.xl_ckpt or args.dit:
+            raise InputError("--s_ckpt, --b_ckpt, --xl_ckpt and --dit belong to --ratios; pass --ckpt for one model")
         file = choose_file(args, plan)
         return [file], {file.model.replace("/", "-"): StitchSchedule((1.0,))}
     if args.model or args.ckpt or args.likelihood:
         raise InputError("--model, --ckpt and --likelihood belong to one model; leave --ratios out")
-    files = stitched_files(args, plan, three=False)
+    files = mark_dits(args, stitched_files(args, plan, three=False))
     return files, file_names([StitchSchedule.from_ratio(ratio) for ratio in args.ratios], files)
 
 
 def likelihood(ranks: Ranks, args: argparse.Namespace, plan: SamplingPlan, file: DenoiserFile) -> None:
     """Measure the likelihood of data under one model."""
     with ranks.agree():
-        (model,) = load_flows(plan, [file])
-        model.requires_grad_(False)  # the divergence differentiates by x alone
+        (model,) = load_flows(plan, [file], given_words(args))
         data = open_likelihood_data(args, image_size=plan.image_size, num_classes=plan.num_classes, vae=plan.vae, device=plan.device)
     ode: ODE = plan.walker.ode
     measure_likelihood(
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         if measures:
             likelihood(ranks, args, plan, files[0])
         else:
-            generate(ranks, args, plan, files, schedules, load_flows)
+            generate(ranks, args, plan, files, schedules, partial(load_flows, given=given_words(args)))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sit.checkpoints import flow_plan, load_flows
-from sit.cli import add_equation_args
+from sit.checkpoints import flow_plan, load_flows, mark_dits
+from sit.cli import add_dit_arg, add_equation_args, given_words
 from tstitch.autoencoder import Autoencoder
 from tstitch.cli import add_ratio_args, add_sampling_args, add_weights_args, choose_ratios, new_parser, run, sampling_plan, stitched_files
 from tstitch.files import check_folder
@@ -33,6 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_equation_args(parser)
     add_ratio_args(parser)
     add_weights_args(parser)
+    add_dit_arg(parser)
     parser.add_argument("--save_dir", type=Path, help="folder to write (default: figures/sit_seed_SEED)")
     add_sampling_args(parser, diffusion=False)
     return parser.parse_args(argv)
@@ -43,15 +44,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     schedules = choose_ratios(args)
     plan = sampling_plan(args, presets=SIT_PRESETS)
-    files = stitched_files(args, plan, three=bool(args.three_combo))
+    files = mark_dits(args, stitched_files(args, plan, three=bool(args.three_combo)))
     folder = args.save_dir or Path("figures") / f"sit_seed_{args.seed}"
     check_folder(folder)
     plan = flow_plan(args, plan, files)
-    denoisers = load_flows(plan, files)
+    denoisers = load_flows(plan, files, given_words(args))
     autoencoder = Autoencoder(plan.vae, plan.device)
-    autoencoder.check_fit(denoisers[0].latent_shape, plan.image_size)
+    for denoiser in denoisers:
+        autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
     comparison = compare(plan, denoisers, files, schedules, autoencoder)
-    report(plan, comparison)
+    report(comparison)
     save(folder, plan, comparison)
     print(f"wrote {folder}")
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sit.checkpoints import flow_plan, load_flows
-from sit.cli import add_equation_args
+from sit.checkpoints import flow_plan, load_flows, mark_dits
+from sit.cli import add_dit_arg, add_equation_args, given_words
 from tstitch.cli import add_sampling_args, add_weights_args, new_parser, run, sampling_plan, stitched_files
 from tstitch.emoji_sweep import add_sweep_args, sweep, sweep_table
 from tstitch.errors import InputError
@@ -33,6 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratios", type=float, nargs="+", metavar="R", default=[k / 10 for k in range(11)], help="the small model's shares, 0..1, 0 first")
     add_sweep_args(parser, "sit-emoji-sweep")
     add_weights_args(parser)
+    add_dit_arg(parser)
     add_sampling_args(parser, diffusion=False)
     parser.set_defaults(preset="emoji", num_images=2000, class_labels=list(range(9)))
     return parser.parse_args(argv)
@@ -44,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     with join_ranks() as ranks:
         with ranks.agree():
             plan = sampling_plan(args, presets=SIT_PRESETS)
-            files = stitched_files(args, plan, three=False)
+            files = mark_dits(args, stitched_files(args, plan, three=False))
             plan = flow_plan(args, plan, files, alone=False)
             if args.ratios[0] != 0:
                 raise InputError(f"--ratios begins with {args.ratios[0]:g}; begin with 0, the large model alone, which the others are compared with")
-        rows = sweep(args, ranks, plan, files, [StitchSchedule.from_ratio(ratio) for ratio in args.ratios], load_flows)
+        rows = sweep(args, ranks, plan, files, [StitchSchedule.from_ratio(ratio) for ratio in args.ratios], partial(load_flows, given=given_words(args)))
     if not rows:
         return
     print(sweep_table(rows))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.models import POSITION_ENCODINGS
 from sit.checkpoints import SIT_CONFIGS, build_sit, said_by
-from sit.cli import add_transport_args, transport_from, transport_words
+from sit.cli import TRANSPORT_WORDS, add_transport_args, transport_from, transport_words
 from sit.flows import walk_euler
 from tstitch.checkpoints import read_checkpoint, save_weights
 from tstitch.cli import new_parser, run
 from tstitch.errors import InputError
+from tstitch.files import read_json
 from tstitch.monitor import add_monitor_args, create_monitor
 from tstitch.training_cli import add_training_args, training_plan
 
@@ -44,13 +46,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def flow_said(args: argparse.Namespace) -> dict[str, Any]:
+    """The flow of the run that goes on, or of the weights that it starts from; {} where there are none."""
+    begun = args.results_dir / "config.json"
+    if args.autoresume and begun.exists():  # the file that the run began with may be gone
+        return {word: value for word, value in read_json(begun).items() if word in TRANSPORT_WORDS}
+    source = args.load_ckpt or args.init_from
+    return said_by(read_checkpoint(source)) if source else {}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Build, train, export."""
     args = parse_args(argv)
     if not 0 <= args.label_dropout < 1:
         raise InputError(f"--label-dropout must lie in [0, 1), got {args.label_dropout}")
-    said = said_by(read_checkpoint(args.load_ckpt)) if args.load_ckpt else {}
-    transport = transport_from(args, said, args.load_ckpt)
+    transport = transport_from(args, flow_said(args), args.load_ckpt or args.init_from or args.results_dir)
+    transport.check_trainable()
     plan = training_plan(args)
     num_classes = plan.num_classes(args.num_classes)
     torch.manual_seed(args.global_seed)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,13 @@ import torch
 from conftest import redraw_weights
 from PIL import Image
 from torch import Tensor
+from torchdiffeq import odeint
 
 from dit.checkpoints import load_dit
-from sit import checkpoints, plot_sweeps, sample, sample_ddp, sample_t_stitch, sweep_emoji, train
+from dit.models import DiT
+from sit import checkpoints, flows, plot_sweeps, sample, sample_ddp, sample_t_stitch, sweep_emoji, train
 from sit.bridge import Bridge, Diffusion, Flow
-from sit.checkpoints import load_sit, said_by
+from sit.checkpoints import is_dit, load_flows, load_sit, mark_dits, said_by
 from sit.cli import equation_from, transport_words
 from sit.flows import ODEWalker, SDEWalker
 from sit.models import SiT, SiT_models
@@ -28,11 +32,12 @@ from sit.transport import DIFFUSION_FORMS, LAST_STEPS, ODE, PATHS, PREDICTIONS, 
 from sit.transport.ode import ADAPTIVE, ONE_STEP
 from tstitch import generate
 from tstitch.checkpoints import read_checkpoint, save_weights
+from tstitch.cli import sampling_plan
 from tstitch.data import write_features
 from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
 from tstitch.noise import SampleNoise
-from tstitch.presets import ROOT
+from tstitch.presets import ROOT, SIT_PRESETS, DenoiserFile
 from tstitch.schedule import StitchSchedule, two_way_ratios
 
 RATIOS = [StitchSchedule.from_ratio(ratio) for ratio in (0.0, 0.3, 0.5, 1.0)]
@@ -106,6 +111,75 @@ def test_the_evaluations_that_are_reported_are_those_that_happened(models: list[
         alone = walker.walk(counted, x, y, schedules=[schedule], guidance=None, noise=noise)
         assert alone.evaluations[0] == together.evaluations[k] == [model.calls for model in counted]
         assert torch.equal(alone.latents[0], together.latents[k])  # a shared beginning changes nothing
+
+
+def test_evaluations_of_samples_walked_alone_are_their_mean(models: list[SiT]) -> None:
+    x, y, _ = start(3)
+    x[1] *= 4  # so that samples need unequal numbers
+    walker = ODEWalker(ODE(create_transport(), "dopri5"))
+    single = [walker.walk(models, x[i : i + 1], y[i : i + 1], schedules=RATIOS, guidance=None).evaluations for i in range(3)]
+    counted = [Counted(model) for model in models]
+    spent = [0.0, 0.0]
+
+    def add(k: int, evaluations: float) -> None:
+        spent[k] += evaluations
+
+    walked = walker.walk(counted, x, y, schedules=RATIOS, guidance=None, callback=add)
+    torch.testing.assert_close(torch.tensor(walked.evaluations), torch.tensor(single, dtype=torch.float32).mean(dim=0))
+    assert spent == pytest.approx([model.calls / 3 for model in counted])
+    assert len({tuple(rows[0]) for rows in single}) > 1
+
+
+@pytest.mark.parametrize("method", ["heun2", "dopri5", "Heun"])
+def test_guidance_is_asked_from_the_first_evaluation_to_the_last(models: list[SiT], method: str) -> None:
+    x, y, noise = start(1)
+    asked: list[float] = []
+
+    def guidance(denoiser: SiT, x: Tensor, t: Tensor, y: Tensor, progress: float) -> Tensor:
+        asked.append(progress)
+        return denoiser(x, t, y)
+
+    guidance.interval = (0.2, 0.8)
+    walker_of(method).walk(models, x, y, schedules=[RATIOS[1]], guidance=guidance, noise=noise)
+    assert asked[0] == 0 and 0.9 < max(asked) < 1 and 0.2 < sorted(asked)[len(asked) // 2] < 0.8
+
+
+def test_the_seconds_of_an_evaluation_are_a_step_s_by_its_evaluations(models: list[SiT], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that counts model calls, every method's evaluation takes one call a batch."""
+    counted = [Counted(model) for model in models]
+
+    def count(calls: list, device: torch.device, repeats: int) -> list[float]:
+        seconds = []
+        for call in calls:
+            before = sum(model.calls for model in counted)
+            call()
+            seconds.append(sum(model.calls for model in counted) - before)
+        return seconds
+
+    monkeypatch.setattr(flows, "measure_seconds", count)
+    x, y, noise = start(3)
+    for method in ("euler", "heun2", "rk4", "explicit_adams", "dopri5", "Euler", "Heun"):
+        assert walker_of(method).evaluation_seconds(counted, x, y, guidance=None, noise=noise) == [1, 1]
+    alone = ODEWalker(ODE(create_transport(), "dopri5"))
+    assert alone.evaluation_seconds(counted, x, y, guidance=None, noise=noise) == [3, 3]  # one after the other
+
+
+@pytest.mark.parametrize("method", ONE_STEP)
+def test_our_one_step_methods_are_the_library_s(models: list[SiT], method: str) -> None:
+    x, y, _ = start(2)
+    ode = ODE(create_transport("GVP"), method, num_steps=7)
+    drift = ode.drift(models[1], y=y)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.stack([x, *ode.states(drift, x, ode.grid)]), odeint(drift, x, ode.grid, method=method), atol=1e-5, rtol=1e-5)
+
+
+def test_a_defect_of_a_model_is_not_taken_for_one_of_the_tolerances() -> None:
+    def broken(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        raise AssertionError("my own")
+
+    x, y, _ = start(1)
+    with pytest.raises(AssertionError, match="my own"):
+        walker_of("dopri5").walk([broken], x, y, schedules=[StitchSchedule((1.0,))], guidance=None)
 
 
 def test_a_fixed_step_method_gives_each_model_its_share_of_the_steps(models: list[SiT]) -> None:
@@ -197,14 +271,55 @@ def test_a_carried_over_model_predicts_what_the_flow_s_own_would(path: str, sour
             torch.testing.assert_close(bridge(x, time, y), expected, atol=2e-3, rtol=2e-3)
 
 
-def test_a_dit_walks_a_flow_from_end_to_end() -> None:
+@pytest.mark.parametrize("method", ["heun2", "dopri5"])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_dit_walks_a_flow_from_end_to_end(path: str, method: str) -> None:
     """At the ends, where the flow's noise levels are past those that a DiT knows, it is asked at the nearest that it knows."""
     x, y, _ = start(1)
-    transport = create_transport()
+    transport = create_transport(path)
     bridge = Bridge(ExactNoise(Diffusion()), Diffusion(), transport)
-    walked = ODEWalker(ODE(transport, "dopri5", rtol=1e-5)).walk([bridge], x, y, schedules=[StitchSchedule((1.0,))], guidance=None)
-    exact = ExactNoise.mean + ExactNoise.spread * x  # the flow maps N(0, 1) to N(mean, spread^2)
-    torch.testing.assert_close(walked.latents[0], exact, atol=0.02, rtol=0.02)
+    ode = ODE(transport, method, num_steps=300)
+    walked = ODEWalker(ode).walk([bridge], x, y, schedules=[StitchSchedule((1.0,))], guidance=None)
+    alpha, sigma = transport.path.alpha(ode.grid[:1]), transport.path.sigma(ode.grid[:1])
+    start_spread = (alpha**2 * ExactNoise.spread**2 + sigma**2).sqrt()  # of VP the start is not quite all noise
+    exact = ExactNoise.mean + ExactNoise.spread * (x - alpha * ExactNoise.mean) / start_spread  # the flow maps N(0, 1) to N(mean, spread^2)
+    torch.testing.assert_close(walked.latents[0], exact, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_carried_over_dit_is_finite_at_both_ends(path: str) -> None:
+    x, y, _ = start(2)
+    bridge = Bridge(ExactNoise(Diffusion()), Diffusion(), create_transport(path))
+    assert bridge(x, torch.tensor([0.0, 1.0]), y).isfinite().all()
+
+
+def test_what_a_file_does_not_say_is_the_command_line_s_or_published(weights: list[str]) -> None:
+    """A bare state dict beside a model of another flow is carried over from the published flow, not taken for that other one."""
+    bare = Path(weights[1]).with_name("bare.pt")
+    torch.save(load_sit(weights[1]).state_dict(), bare)
+    files = [DenoiserFile("S", "emoji-small", bare), DenoiserFile("L", "emoji-large", Path(weights[3]))]
+    args = sample_t_stitch.parse_args(["ODE", *FEW])
+    plan = replace(sampling_plan(args, presets=SIT_PRESETS), walker=ODEWalker(ODE(create_transport("GVP", "noise"), "euler")))
+    small, large = load_flows(plan, files)
+    assert isinstance(small, Bridge) and (small.process.transport.name, small.process.transport.prediction) == ("Linear", "velocity")
+    assert isinstance(large, Bridge)  # which says that it is of the Linear path
+    assert isinstance(load_flows(plan, files[:1], {"path_type": "GVP", "prediction": "noise"})[0], SiT)
+
+
+def test_a_dit_is_known_by_what_it_says_or_by_the_flag(tmp_path: Path) -> None:
+    dit = redraw_weights(DiT(input_size=16, patch_size=8, hidden_size=384, depth=1, num_heads=6, num_classes=9), 1)
+    torch.save(
+        {"ema": dit.state_dict(), "model": dit.state_dict(), "opt": {}, "args": argparse.Namespace(model="DiT-S/8", num_classes=9)}, tmp_path / "fast.pt"
+    )
+    torch.save(dit.state_dict(), tmp_path / "bare.pt")
+    assert is_dit(read_checkpoint(tmp_path / "fast.pt")) and not is_dit(read_checkpoint(tmp_path / "bare.pt"))
+    with pytest.raises(InputError, match="was trained as a DiT"):
+        load_sit(tmp_path / "fast.pt")
+    plan = sampling_plan(sample_t_stitch.parse_args(["ODE", *FEW]), presets=SIT_PRESETS)
+    plan = replace(plan, walker=ODEWalker(ODE(create_transport(), "euler")))
+    args = sample_t_stitch.parse_args(["ODE", "--dit", "s"])
+    files = mark_dits(args, [DenoiserFile("S", "emoji-small", tmp_path / "bare.pt"), DenoiserFile("L", "emoji-large", tmp_path / "fast.pt")])
+    assert all(isinstance(model, Bridge) and type(model.model) is DiT for model in load_flows(plan, files))
 
 
 def test_places_are_where_the_noise_level_is_the_asked_one() -> None:
@@ -345,6 +460,10 @@ def test_a_small_dit_is_carried_over_to_the_large_sit_s_flow(weights: list[str],
         (["SDE", "--last-step-size", "0"], "pass --last-step None"),
         (["ODE", "--three_combo", "0.2", "0.2", "0.6"], "has no base model"),
         (["ODE", "--atol", "0"], "must be above 0"),
+        (["ODE", "--sampling-method", "euler", "--rtol", "1e-9"], "decide nothing in euler"),
+        (["SDE", "--diffusion-norm", "inf"], "--diffusion-norm must be a number"),
+        (["SDE", "--last-step", "None", "--last-step-size", "0.3"], "leave --last-step-size out"),
+        (["ODE", "--b_ckpt", "nowhere.pt"], "--b_ckpt is the middle one of three models"),
     ],
 )
 def test_what_cannot_be_walked_is_refused_with_the_flag_to_mend(weights: list[str], tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -353,7 +472,7 @@ def test_what_cannot_be_walked_is_refused_with_the_flag_to_mend(weights: list[st
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_every_choice_of_the_command_line_samples_or_says_what_to_pass(weights: list[str]) -> None:
+def test_every_choice_of_the_command_line_makes_its_equation(weights: list[str]) -> None:
     """All methods, forms, last steps and predictions, as words; which of them are finite is the transport's own test."""
     for method in ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams", *ADAPTIVE):
         args = sample_t_stitch.parse_args(["ODE", "--sampling-method", method])
@@ -381,6 +500,10 @@ def test_a_trained_sit_is_sampled_as_what_it_was_trained_for(store: Path, tmp_pa
     with pytest.raises(InputError, match="was trained with --path-type GVP, not Linear"):
         train.main([*run, "--path-type", "Linear", "--ckpt", str(path), "--results-dir", str(tmp_path / "other")])
     train.main([*run, "--ckpt", str(path), "--results-dir", str(tmp_path / "next")])
+    path.unlink()  # a run does not need the file that it began with again
+    train.main([*run, "--ckpt", str(path), "--results-dir", str(tmp_path / "next"), "--autoresume"])
+    train.main([*run, "--init-from", str(tmp_path / "out.safetensors"), "--results-dir", str(tmp_path / "fine")])
+    assert json.loads((tmp_path / "fine" / "config.json").read_text())["prediction"] == "noise"
     assert json.loads((tmp_path / "next" / "config.json").read_text())["path_type"] == "GVP"
 
 
@@ -399,3 +522,31 @@ def test_sweeps_side_by_side_make_tables_and_a_picture(tmp_path: Path, capsys: p
     assert len(re.findall(r"\| +L:100 \|", said)) == 4 and "+50.0 %" in said and "SDE Euler, 20 evaluations: s + l" in said
     with pytest.raises(InputError, match="50, 100"):
         plot_sweeps.main([*map(str, paths), "--out", str(tmp_path / "no.png")])
+
+
+def test_a_run_is_watched_as_the_flow_that_it_trains(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "EMOJI_SIZES", TINY)
+    vae = ROOT / "pretrained_models" / "emoji" / "vae"
+    train.main([
+        "--features-path", str(store), "--model", "emoji-small", "--max-steps", "2", "--global-batch-size", "4", "--num-classes", "9", "--results-dir",
+        str(tmp_path), "--sample-every", "2", "--eval-images", "4", "--eval-extractor", "emoji", "--vae", str(vae), "--cfg-scale", "1",
+        "--eval-num-sampling-steps", "2",
+    ])  # fmt: skip
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["fd_emoji"] > 0
+    assert Image.open(tmp_path / "previews" / "0000002.png").width > 300
+
+
+def test_a_model_of_pixels_is_trained_and_sampled(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    for k, picture in enumerate(pictures):
+        (tmp_path / "data" / str(k % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "data" / str(k % 2) / f"{k}.png")
+    out = tmp_path / "pixels.safetensors"
+    words = ["--model", "SiT-S/8", "--vae", "none", "--image-size", "8"]
+    train.main([
+        *words, "--data-path", str(tmp_path / "data"), "--max-steps", "1", "--global-batch-size", "2", "--results-dir", str(tmp_path / "run"),
+        "--export", str(out),
+    ])  # fmt: skip
+    arguments = ["ODE", *words, "--ckpt", str(out), "--num-classes", "2", "--class-labels", "1", "--sampling-method", "euler", "--num-sampling-steps", "3"]
+    sample.main([*arguments, "--device", "cpu", "--save_dir", str(tmp_path / "s")])
+    assert Image.open(tmp_path / "s" / "sample.png").width > 50

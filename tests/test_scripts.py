@@ -173,18 +173,18 @@ def test_quality_is_shown_beside_its_own_settings_and_weights_alone(tmp_path: Pa
     table = {"settings": {"num_steps": 20, "solver": "DDIM"}, "weights": {"S": "aa", "L": "bb"}, "rows": [{"name": "S:30 L:70", "fd_emoji": 1.5}]}
     path = tmp_path / "r.json"
     path.write_text(json.dumps(table))
-    assert quality_by_schedule([path], {"num_steps": 20}, {"S": "aa", "L": "bb"}) == {"S:30 L:70": 1.5}
-    assert quality_by_schedule([path], {"num_steps": 10}, {"S": "aa", "L": "bb"}) == {}
-    assert quality_by_schedule([path], {"num_steps": 20}, {"S": "aa", "L": "other"}) == {}
-    assert quality_by_schedule([], {}, {}) == {}
-    assert quality_by_schedule([tmp_path / "missing.json", path], {"num_steps": 20}, {"S": "aa", "L": "bb"}) == {"S:30 L:70": 1.5}
+    assert quality_by_schedule([path], {"num_steps": 20}, {"S": "aa", "L": "bb"})[1] == {"S:30 L:70": 1.5}
+    assert quality_by_schedule([path], {"num_steps": 10}, {"S": "aa", "L": "bb"})[1] == {}
+    assert quality_by_schedule([path], {"num_steps": 20}, {"S": "aa", "L": "other"})[1] == {}
+    assert quality_by_schedule([], {}, {})[1] == {}
+    assert quality_by_schedule([tmp_path / "missing.json", path], {"num_steps": 20}, {"S": "aa", "L": "bb"})[1] == {"S:30 L:70": 1.5}
 
 
 def test_the_shipped_results_belong_to_the_shipped_weights_and_the_demo_s_settings() -> None:
     preset = get_preset("emoji")
     args = sample_t_stitch.parse_args(["--preset", "emoji", "--all_tradeoffs"])
     weights = {file.letter: file_hash(file.path) for file in preset.denoisers} | {"vae": file_hash(Path(preset.vae) / "diffusion_pytorch_model.safetensors")}
-    quality = quality_by_schedule(preset.results, sampling_plan(args).settings, weights)
+    _, quality = quality_by_schedule(preset.results, sampling_plan(args).settings, weights)
     assert {schedule.describe(["S", "L"]) for schedule in two_way_ratios()} <= quality.keys()
     assert all(value > 0 for value in quality.values())
 

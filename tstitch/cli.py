@@ -303,10 +303,14 @@ def stitched_files(args: argparse.Namespace, plan: SamplingPlan, three: bool) ->
     """Small and large, or all three, with the paths of the command line in place of the preset's.
 
     Raises:
-        InputError: if the preset has no base model.
+        InputError: if there is no base model for three, or one for two.
     """
     small, *base, large = plan.preset.denoisers
+    if args.b_ckpt and not three:
+        raise InputError("--b_ckpt is the middle one of three models, which this command line does not ask for; leave it out")
     if three and not base:
-        raise InputError(f"preset {plan.preset.name} has no base model; three models need another --preset")
+        if not args.b_ckpt:
+            raise InputError(f"preset {plan.preset.name} has no base model; pass one with --b_ckpt")
+        base = [DenoiserFile("B", "base", args.b_ckpt)]
     chosen = [(small, args.s_ckpt), *((file, args.b_ckpt) for file in base if three), (large, args.xl_ckpt)]
     return [replace(file, path=path) if path else file for file, path in chosen]

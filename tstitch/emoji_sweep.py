@@ -1,7 +1,7 @@
 """FD-emoji of many schedules: every schedule sees the same noise and labels, and a killed sweep goes on to the same numbers.
 
-Processes of torchrun share the chunks of pictures; each stores its own sums after each chunk, which are added at the end. FD-emoji is comparable only
-with itself.
+Processes of torchrun share the chunks of pictures; each stores its own sums after each chunk, which are added at the end. A killed sweep may go on with
+another number of processes. FD-emoji is comparable only with itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
@@ -77,26 +78,32 @@ def sweep(
             "seed": args.seed,
             "dtype": args.dtype,
             "chunk": args.chunk,
-            "processes": ranks.size,
             "schedules": [schedule.to_json() for schedule in schedules],
         }
-        sums = Sums(args.work_dir, config, ranks.rank, len(schedules), len(files))
+        begin(args.work_dir, config)
+        sums = Sums(args.work_dir, ranks.rank, len(schedules), len(files))
 
+    main = ranks.rank == 0
     chunks = [range(start, min(start + args.chunk, len(plan.labels))) for start in range(0, len(plan.labels), args.chunk)]
-    mine = chunks[ranks.rank :: ranks.size]
-    with tqdm(total=len(mine), initial=sums.done, desc=f"{len(schedules)} schedules", unit="chunk", disable=ranks.rank != 0) as bar:
-        for chunk in mine[sums.done :]:
-            walked = walk(plan, denoisers, schedules, chunk.start, chunk.stop)
+    left = ranks.gather(sorted(set(range(len(chunks))) - finished_chunks(args.work_dir)) if main else None)[0]
+    with tqdm(total=len(chunks), initial=len(chunks) - len(left), desc=f"{len(schedules)} schedules", unit="chunk", disable=not main) as bar:
+        for c in left[ranks.rank :: ranks.size]:
+            walked = walk(plan, denoisers, schedules, chunks[c].start, chunks[c].stop)
             for statistics, latents in zip(sums.statistics, walked.latents, strict=True):
                 gather(extractor, autoencoder.decode(latents), into=statistics)
-            sums.evaluations += len(chunk) * np.asarray(walked.evaluations, dtype=np.float64)
+            sums.evaluations += len(chunks[c]) * np.asarray(walked.evaluations, dtype=np.float64)
+            sums.done.append(c)
             store(sums)
-            bar.update()
-    gathered = ranks.gather(sums)
-    if ranks.rank > 0:
+            bar.update(len(finished_chunks(args.work_dir)) - bar.n if main else 1)
+        # Looked up, not met at a barrier, which would time out where one process is slow.
+        while main and bar.n < len(chunks):
+            time.sleep(0.2)
+            bar.update(len(finished_chunks(args.work_dir)) - bar.n)
+    if not main:
         return []
-    for other in gathered[1:]:
-        sums.add(other)
+    for path in sorted(args.work_dir.glob("sums_*.safetensors")):
+        if path != sums.path:
+            sums.add(path)
 
     evaluations = (sums.evaluations / len(plan.labels)).tolist()
     rows = make_rows(schedules, [file.letter for file in files], sums.statistics, reference, evaluations, measure(plan, denoisers))
@@ -116,37 +123,52 @@ def sweep(
     return rows
 
 
-class Sums:
-    """What a process has gathered so far: feature statistics and evaluations (schedules, denoisers) over the chunks it has done.
+def begin(folder: Path, config: dict[str, Any]) -> None:
+    """Prepare a work folder, or find the one that was begun.
 
     Raises:
-        InputError: if the folder belongs to another sweep.
+        InputError: if it belongs to another sweep, naming what differs.
     """
+    path = folder / "config.json"
+    if path.exists():
+        found = read_json(path)
+        differ = [key for key in config if found.get(key) != config[key]]
+        if differ:
+            raise InputError(f"{folder} holds a sweep with other settings ({', '.join(differ)}); remove it or choose another --work-dir")
+    write_json(path, config)
 
-    def __init__(self, folder: Path, config: dict[str, Any], rank: int, num_schedules: int, num_denoisers: int) -> None:
-        self.path, self.done = folder / f"sums_{rank}.safetensors", 0
+
+def finished_chunks(folder: Path) -> set[int]:
+    """Numbers of the chunks that are in some process's sums."""
+    done: set[int] = set()
+    for path in folder.glob("sums_*.safetensors"):
+        with safe_open(path, "np") as file:
+            done |= set(file.get_tensor("done").tolist())
+    return done
+
+
+class Sums:
+    """What a process has gathered: feature statistics and evaluations (schedules, denoisers) over the chunks `done`."""
+
+    def __init__(self, folder: Path, rank: int, num_schedules: int, num_denoisers: int) -> None:
+        self.path = folder / f"sums_{rank}.safetensors"
+        self.done: list[int] = []
         self.statistics = [FeatureStatistics(EmojiExtractor.dim) for _ in range(num_schedules)]
         self.evaluations = np.zeros((num_schedules, num_denoisers))
-        if not (folder / "config.json").exists():
-            write_json(folder / "config.json", config)
-        elif read_json(folder / "config.json") != config:
-            raise InputError(f"{folder} holds a sweep with other settings; remove it or choose another --work-dir")
         if self.path.exists():
-            tensors = load_file(self.path)
-            self.done, self.evaluations = int(tensors["done"]), tensors["evaluations"]
-            for k, statistics in enumerate(self.statistics):
-                statistics.totals = {name: tensors[f"{k}.{name}"] for name in statistics.totals}
+            self.add(self.path)
 
-    def add(self, other: Sums) -> None:
-        """Add what another process has gathered."""
-        self.evaluations = self.evaluations + other.evaluations
-        for mine, theirs in zip(self.statistics, other.statistics, strict=True):
-            mine.totals = {name: mine.totals[name] + theirs.totals[name] for name in mine.totals}
+    def add(self, path: Path) -> None:
+        """Add what is stored in a file of the same sweep."""
+        tensors = load_file(path)
+        self.done += tensors["done"].tolist()
+        self.evaluations = self.evaluations + tensors["evaluations"]
+        for k, statistics in enumerate(self.statistics):
+            statistics.totals = {name: statistics.totals[name] + tensors[f"{k}.{name}"] for name in statistics.totals}
 
 
 def store(sums: Sums) -> None:
-    """Count a chunk as done, and write the sums of all schedules at once."""
-    sums.done += 1
+    """Write the sums of all schedules at once."""
     tensors = {f"{k}.{name}": np.asarray(value) for k, statistics in enumerate(sums.statistics) for name, value in statistics.totals.items()}
     with atomic_path(sums.path) as temporary:
         save_file(tensors | {"done": np.array(sums.done), "evaluations": sums.evaluations}, temporary)

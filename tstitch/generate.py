@@ -97,6 +97,13 @@ def join_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def fix_arithmetic(device: torch.device, tf32: bool) -> None:
+    """Settle what else decides the last bits of a run: TensorFloat-32 on GPUs, and on CPUs as many threads with torchrun as without."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # what torchrun sets for its processes
+
+
 class SampleFolder:
     """A sweep on disk.
 
@@ -267,9 +274,7 @@ def generate(
     Raises:
         InputError: on all ranks, if weights are unusable or the folder belongs to another sweep.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    if plan.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # what torchrun sets for its processes
+    fix_arithmetic(plan.device, args.tf32)
     folder = SampleFolder(args.sample_dir, list(schedules), len(plan.labels), plan.image_size, args.per_proc_batch_size, args.png)
     main = ranks.rank == 0
     left = ranks.gather(folder.left() if main else None)[0]
@@ -279,7 +284,8 @@ def generate(
             check_folder(args.sample_dir)
         if left:
             denoisers, autoencoder = load(plan, files), Autoencoder(plan.vae, plan.device)
-            autoencoder.check_fit(denoisers[0].latent_shape, plan.image_size)
+            for denoiser in denoisers:
+                autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
         if main:
             config = describe(args, plan, files, schedules)
             folder.check(config)

@@ -42,7 +42,7 @@ def add_monitor_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval-extractor", choices=["none", *EXTRACTORS], default="none", help="features of the Frechet distance; none draws previews only")
     group.add_argument("--eval-reference", type=Path, metavar="FILE", help="reference pictures or statistics (.npz); not needed for emoji")
     group.add_argument("--eval-num-sampling-steps", type=positive_int, default=20, help="solver steps, of one evaluation each")
-    group.add_argument("--eval-cfg-scale", type=float, default=1.5, help="guidance on all channels; 1 turns it off")
+    group.add_argument("--eval-cfg-scale", "--cfg-scale", type=float, default=1.5, help="guidance on all channels; 1 turns it off")
     group.add_argument("--eval-batch-size", type=positive_int, default=32, help="pictures sampled together in each process")
 
 

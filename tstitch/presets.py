@@ -63,7 +63,7 @@ def _imagenet(backbone: str, size: int, **values: Any) -> Preset:  # noqa: ANN40
     return Preset(f"imagenet{size}", size, 1000, files, vae="stabilityai/sd-vae-ft-mse", **values)
 
 
-def _emoji(backbone: str, sizes: tuple[str, ...], **values: Any) -> Preset:  # noqa: ANN401  (fields of Preset)
+def _emoji(backbone: str, sizes: tuple[str, ...], results: tuple[str, ...], **values: Any) -> Preset:  # noqa: ANN401  (fields of Preset)
     folder = ROOT / "pretrained_models" / "emoji"
     return Preset(
         name="emoji",
@@ -76,7 +76,7 @@ def _emoji(backbone: str, sizes: tuple[str, ...], **values: Any) -> Preset:  # n
         class_names=EMOJI_CLASSES,
         cfg_scale=2.0,
         cfg_channels=None,
-        results=tuple(sorted(folder.glob(f"{backbone}_results*.json"))),
+        results=tuple(folder / f"{name}.json" for name in results),
         **values,
     )
 
@@ -87,7 +87,7 @@ _SIT_FID = {"cfg_scale": 1.0, "vae": "stabilityai/sd-vae-ft-ema"}
 PRESETS = {
     preset.name: preset
     for preset in (
-        _emoji("dit", ("small", "base", "large"), num_sampling_steps=20),
+        _emoji("dit", ("small", "base", "large"), ("dit_results",), num_sampling_steps=20),
         _imagenet("DiT", 256, for_fid=_DIT_FID),
         _imagenet("DiT", 512, for_fid=_DIT_FID),
     )
@@ -95,7 +95,7 @@ PRESETS = {
 SIT_PRESETS = {
     preset.name: preset
     for preset in (
-        _emoji("sit", ("small", "large"), num_sampling_steps=21),  # 20 steps, as the DiTs take
+        _emoji("sit", ("small", "large"), ("sit_results_ode", "sit_results_sde"), num_sampling_steps=21),  # 20 steps, as the DiTs take
         _imagenet("SiT", 256, num_sampling_steps=250, for_fid=_SIT_FID),
         _imagenet("SiT", 512, num_sampling_steps=250, for_fid=_SIT_FID),
     )

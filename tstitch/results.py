@@ -36,18 +36,21 @@ def weight_hashes(plan: SamplingPlan, files: Sequence[DenoiserFile]) -> dict[str
     return {file.letter: file_hash(file.path) for file in files} | {"vae": file_hash(vae) if vae.exists() else plan.vae}
 
 
-def quality_by_schedule(paths: Sequence[Path], settings: dict[str, Any], weights: dict[str, str], metric: str = "fd_emoji") -> dict[str, float]:
-    """Read results files: schedule name -> metric; {} if none was measured under these settings and with these weights.
+def quality_by_schedule(
+    paths: Sequence[Path], settings: dict[str, Any], weights: dict[str, str], metric: str = "fd_emoji"
+) -> tuple[Path | None, dict[str, float]]:
+    """Find the results file that was measured under these settings and with these weights, and read schedule name -> metric; (None, {}) if none was.
 
     Args:
         paths: files with "settings", "weights" and "rows", each row with a "name" such as "S:40 L:60" and its metrics.
         settings: settings of the run that the numbers are to be shown beside.
         weights: name -> hash of the weights which that run uses.
     """
-    for table in (read_json(path) for path in paths if path.exists()):
-        if all(table[part].get(key) == value for part, wanted in (("settings", settings), ("weights", weights)) for key, value in wanted.items()):
-            return {row["name"]: row[metric] for row in table["rows"]}
-    return {}
+    for path in paths:
+        table = read_json(path) if path.exists() else None
+        if table and all(table[part].get(key) == value for part, wanted in (("settings", settings), ("weights", weights)) for key, value in wanted.items()):
+            return path, {row["name"]: row[metric] for row in table["rows"]}
+    return None, {}
 
 
 def comparison_table(results: list[dict[str, Any]]) -> str:

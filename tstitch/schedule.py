@@ -183,7 +183,7 @@ class StitchSchedule:
         stop = 0.0
         for k in range(self.num_legs):
             start, stop = stop, 1.0 if k == self.num_legs - 1 else min(1.0, math.fsum(self.fractions[: k + 1]))
-            if stop - start < 1e-9:
+            if stop - start < 1e-6:
                 stop = start
             elif spans and spans[-1].denoiser == self.order[k]:
                 spans[-1] = spans[-1]._replace(stop=stop)

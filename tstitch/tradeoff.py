@@ -67,7 +67,7 @@ def compare(
 
     letters = [file.letter for file in files]
     record = run_record(plan, files)
-    quality = quality_by_schedule(plan.preset.results, plan.settings, record["weights"])
+    source, quality = quality_by_schedule(plan.preset.results, plan.settings, record["weights"])
     totals = [total_seconds(evaluations, seconds_each) + decode_seconds for evaluations in walked.evaluations]
     alone = _large_alone(plan, schedules, walked, len(denoisers))
     alone_seconds = None if alone is None else total_seconds(alone, seconds_each) + decode_seconds
@@ -83,7 +83,7 @@ def compare(
         )
         for schedule, evaluations, seconds in zip(schedules, walked.evaluations, totals, strict=True)
     ]
-    record |= {"step_seconds": dict(zip(letters, seconds_each, strict=True)), "decode_seconds": decode_seconds}
+    record |= {"step_seconds": dict(zip(letters, seconds_each, strict=True)), "decode_seconds": decode_seconds, "quality_from": source and source.name}
     return Comparison(rows, images, record)
 
 
@@ -134,11 +134,11 @@ def table(comparison: Comparison) -> str:
     return markdown_table(["schedule", f"evaluations {'/'.join(comparison.record['models'])}", "seconds per image", "speed-up", "FD-emoji"], cells)
 
 
-def report(plan: SamplingPlan, comparison: Comparison) -> None:
+def report(comparison: Comparison) -> None:
     """Print the table, and say where its quality comes from."""
     print(table(comparison))
     if any(row.fd_emoji is not None for row in comparison.rows):
-        print(f"FD-emoji was measured before, over more pictures and perhaps in another number type: {', '.join(map(str, plan.preset.results))}")
+        print(f"FD-emoji was measured before, over more pictures and perhaps in another number type: {comparison.record['quality_from']}")
 
 
 def save(folder: Path, plan: SamplingPlan, comparison: Comparison) -> None:

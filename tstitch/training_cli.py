@@ -125,15 +125,16 @@ class TrainingPlan:
             lr_factor=lambda step: cosine_lr(step, self.max_steps, args.warmup_steps, floor=1.0 if args.lr_schedule == "constant" else 0.0),
             max_steps=self.max_steps, items_per_step=args.global_batch_size, accumulation=args.gradient_accumulation_steps, ema_decay=args.ema_decay,
             clip_norm=args.clip_norm or None, seed=args.global_seed, ckpt_every=args.ckpt_every, keep=args.keep, log_every=args.log_every,
-            evaluate=evaluate, eval_every=eval_every, resume=args.autoresume, start_from=self._start_from(config.get("model_config", {})),
+            evaluate=evaluate, eval_every=eval_every, resume=args.autoresume, start_from=self._start_from(config),
         )  # fmt: skip
         self.accelerator.end_training()
         return average
 
     def _start_tracker(self) -> None:
         """Begin the run of --report-to; for wandb with the environment variables of the published trainers, each of which may be missing."""
-        name = self.args.results_dir.name
-        wandb: dict[str, Any] = {"name": name, "id": str(int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10**8), "resume": "allow"}
+        name, folder = self.args.results_dir.name, str(self.args.results_dir.resolve())
+        # A resumed run goes on in its own curve, and two runs of the same name in two.
+        wandb: dict[str, Any] = {"name": name, "id": str(int(hashlib.sha256(folder.encode()).hexdigest(), 16) % 10**8), "resume": "allow"}
         if "ENTITY" in os.environ:
             wandb["entity"] = os.environ["ENTITY"]
         if self.args.report_to == "wandb" and "WANDB_KEY" in os.environ:
@@ -142,7 +143,7 @@ class TrainingPlan:
         self.accelerator.init_trackers(project, config={k: str(v) for k, v in vars(self.args).items()}, init_kwargs={"wandb": wandb})
 
     def _start_from(self, config: dict[str, Any]) -> Callable[[], dict[str, Any]] | None:
-        """Read --load-ckpt or --init-from, when it is needed; `config` is that of the model."""
+        """Read --load-ckpt or --init-from, when it is needed; `config` is what describes the run, "model_config" among it."""
         path = self.args.load_ckpt or self.args.init_from
         if path is None:
             return None
@@ -151,9 +152,13 @@ class TrainingPlan:
             begin = read_training_state(path) if self.args.load_ckpt else {"model": read_weights(path)[0]}
             said = read_checkpoint(path)
             told = said.config or said.arguments
-            differ = [f"{key} {told[key]}, not {config[key]}" for key in ("posenc", "qk_norm", "num_heads") if key in told and told[key] != config.get(key)]
+            model = config.get("model_config", {})
+            differ = [f"{key} {told[key]}, not {model[key]}" for key in ("posenc", "qk_norm", "num_heads") if key in told and told[key] != model.get(key)]
             if differ:
                 raise InputError(f"{path} was trained with {', '.join(differ)}; pass the same values")
+            flow = (said.arguments | said.config).get("path_type")
+            if self.args.load_ckpt and told and flow != config.get("path_type"):
+                raise InputError(f"{path} was trained as a {'SiT' if flow else 'DiT'}, whose optimizer is of no use here; pass it with --init-from")
             return {"source": path, **begin}
 
         return read

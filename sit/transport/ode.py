@@ -1,9 +1,9 @@
-"""The probability-flow ODE, dx/dt = velocity, integrated by torchdiffeq."""
+"""The probability-flow ODE, dx/dt = velocity: one-step methods of our own, which never make a GPU wait, the others from torchdiffeq."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,32 @@ from torchdiffeq import odeint
 from sit.transport.transport import Model, Transport
 from tstitch.errors import InputError
 
-ONE_STEP = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}  # on the grid: evaluations of a step, which knows only where it starts
-MULTISTEP = ("explicit_adams", "implicit_adams", "fixed_adams")  # on the grid; a step remembers earlier ones
+
+class Tableau(NamedTuple):
+    """An explicit Runge-Kutta method: the times, weights and result of its stages, by Butcher's letters."""
+
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+
+
+# On the grid; a step knows only where it starts. Equal to torchdiffeq's methods of these names; its rk4 is the 3/8 rule.
+ONE_STEP = {
+    "euler": Tableau((0,), ((),), (1,)),
+    "midpoint": Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
+    "heun2": Tableau((0, 1), ((), (1,)), (1 / 2, 1 / 2)),
+    "heun3": Tableau((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    "rk4": Tableau((0, 1 / 3, 2 / 3, 1), ((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
+}
+IMPLICIT = ("implicit_adams", "fixed_adams")  # on the grid, with an iteration within each step
+MULTISTEP = ("explicit_adams", *IMPLICIT)  # on the grid; a step remembers earlier ones
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")  # choose their own steps
 ODE_METHODS = (*ADAPTIVE, *ONE_STEP, *MULTISTEP)
+# How torchdiffeq says that an adaptive method finds no step that is short enough.
+_GAVE_UP = ("underflow in dt", "non-finite values in state", "max_num_steps exceeded")
 
-Drift = Callable[[Tensor, Tensor], Tensor]  # (scalar time, state) -> derivative
+State = Tensor | tuple[Tensor, ...]
+Drift = Callable[[Any, Any], Any]  # (time, a number or a scalar tensor; state) -> derivative, like the state
 
 
 class ODE:
@@ -45,38 +65,83 @@ class ODE:
             raise InputError(f"--atol and --rtol must be above 0, got {atol:g} and {rtol:g}")
         self.transport, self.method, self.atol, self.rtol = transport, sampling_method, atol, rtol
         start, stop = transport.interval(reverse=reverse)
-        transport.check_finite(start, stop)
         self.grid = torch.linspace(start, stop, num_steps)
+        transport.check_finite(*self.grid[[0, -1]].tolist())
 
     @property
     def adaptive(self) -> bool:
         """Whether the method chooses its own steps."""
         return self.method in ADAPTIVE
 
-    def integrate(self, drift: Drift, state: Tensor | tuple[Tensor, ...], times: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """States at `times` (T,), stacked in front; the first is the initial one.
+    @property
+    def has_tolerances(self) -> bool:
+        """Whether atol and rtol decide anything."""
+        return self.adaptive or self.method in IMPLICIT
+
+    def states(self, drift: Drift, state: State, times: Tensor) -> Iterator[State]:
+        """States after the first, one for each of `times` (T,) but the first.
 
         Raises:
             InputError: if an adaptive method finds no step that is short enough.
         """
+        if self.method in ONE_STEP:
+            yield from _walk(ONE_STEP[self.method], drift, state, times.tolist())
+            return
+        first = state[0] if isinstance(state, tuple) else state
+        times = times.to(first)
         try:
-            return odeint(drift, state, times, method=self.method, atol=self.atol, rtol=self.rtol, options=self._options(times))
+            walked = odeint(drift, state, times, method=self.method, atol=self.atol, rtol=self.rtol, options=self._options(times))
         except AssertionError as error:
+            if not any(words in str(error) for words in _GAVE_UP):
+                raise
             raise InputError(f"{self.method} gave up ({error}); loosen --atol and --rtol, or choose a fixed-step method such as heun2") from None
+        for k in range(1, len(times)):
+            yield tuple(part[k] for part in walked) if isinstance(walked, tuple) else walked[k]
+
+    def integrate(self, drift: Drift, state: State, times: Tensor) -> State:
+        """State at the last of `times`; of an adaptive method the ones between are not looked at."""
+        for state in self.states(drift, state, times[[0, -1]] if self.adaptive else times):  # noqa: B007, B020
+            pass
+        return state
 
     def _options(self, times: Tensor) -> dict[str, Any] | None:
         if self.method == "explicit_adams":
             return {"max_order": 5}  # which is order 4; the library's own, order 11, diverges beyond some twenty steps
         if self.adaptive and self.method != "scipy_solver":
-            return {"step_t": times[-1:]}  # else the last step goes past the end, where a path may not exist, and the answer is interpolated
+            # Else the last step goes past the end, where a path may not exist, and the answer is interpolated. MPS has no float64.
+            return {"step_t": times[-1:]} | ({"dtype": torch.float32} if times.device.type == "mps" else {})
         return None
 
     def drift(self, model: Model, **model_kwargs: Tensor) -> Drift:
         """Velocity of model(x, t, **model_kwargs), which is told the time as a vector (N,), within the grid."""
         first, last = sorted((float(self.grid[0]), float(self.grid[-1])))
 
-        def velocity(t: Tensor, x: Tensor) -> Tensor:
-            times = t.to(x.dtype).clamp(first, last).expand(len(x))  # a first step is guessed by a look ahead, maybe past the end
+        def velocity(t: float | Tensor, x: Tensor) -> Tensor:
+            # An adaptive method guesses its first step by a look ahead, maybe past the end.
+            t = min(max(t, first), last) if isinstance(t, float) else t.to(x.dtype).clamp(first, last)
+            times = torch.full((len(x),), t, dtype=x.dtype, device=x.device) if isinstance(t, float) else t.expand(len(x))
             return self.transport.velocity(model(x, times, **model_kwargs), x, times)
 
         return velocity
+
+
+def _walk(tableau: Tableau, drift: Drift, state: State, times: list[float]) -> Iterator[State]:
+    """Take a step of a Runge-Kutta method between neighbouring times."""
+    for start, stop in zip(times[:-1], times[1:], strict=True):
+        h = stop - start
+        slopes: list[State] = []
+        for c, weights in zip(tableau.c, tableau.a, strict=True):
+            # The last stage of heun2 and rk4 stands exactly on the next time.
+            slopes.append(drift(stop if c == 1 else start + c * h, _add(state, slopes, weights, h)))
+        state = _add(state, slopes, tableau.b, h)
+        yield state
+
+
+def _add(state: State, slopes: list[State], weights: tuple[float, ...], h: float) -> State:
+    """State + h * sum of weights * slopes, part by part."""
+    if isinstance(state, tuple):
+        return tuple(_add(part, [slope[k] for slope in slopes], weights, h) for k, part in enumerate(state))
+    for weight, slope in zip(weights, slopes, strict=True):
+        if weight:
+            state = torch.add(state, slope, alpha=weight * h)
+    return state

@@ -33,7 +33,7 @@ class Sampler:
 
         @torch.no_grad()
         def walk(x: Tensor, model: Model, **model_kwargs: Tensor) -> Tensor:
-            return ode.integrate(ode.drift(model, **model_kwargs), x, ode.grid.to(x))
+            return torch.stack([x, *ode.states(ode.drift(model, **model_kwargs), x, ode.grid)])
 
         return walk
 
@@ -90,7 +90,7 @@ class Sampler:
                     signs[:] = [torch.randint_like(like, 2) * 2 - 1]
                 return signs[0]
 
-            def drift(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            def drift(t: float | Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
                 nonlocal calls
                 e = draw(state[0])
                 calls += 1
@@ -101,7 +101,7 @@ class Sampler:
                 return v.detach(), (pulled * e).flatten(1).sum(dim=1)
 
             with torch.no_grad():
-                z, change = (states[-1] for states in ode.integrate(drift, (x, x.new_zeros(len(x))), ode.grid.to(x)))
+                z, change = ode.integrate(drift, (x, x.new_zeros(len(x))), ode.grid)
             prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(dim=1)
             return prior + change, z
 

@@ -5,6 +5,7 @@ Ma et al. 2024, arXiv:2401.08740, Section 2.3. The grid ends a little before the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -46,8 +47,8 @@ class SDE:
                 raise InputError(f"unknown --{flag} '{value}' of an SDE; choose from {', '.join(known)}")
         if num_steps < 2:
             raise InputError(f"an SDE needs at least 2 steps, one on the grid and the last one; got {num_steps}")
-        if not diffusion_norm >= 0:
-            raise InputError(f"--diffusion-norm must not be negative, got {diffusion_norm:g}")
+        if not 0 <= diffusion_norm < math.inf:
+            raise InputError(f"--diffusion-norm must be a number of at least 0, got {diffusion_norm:g}")
         if last_step != "None" and not 0 < last_step_size < 1:
             raise InputError(f"--last-step-size must lie in (0, 1), got {last_step_size:g}; pass --last-step None for no last step")
         self.transport, self.method, self.form, self.norm = transport, sampling_method, diffusion_form, float(diffusion_norm)
@@ -58,8 +59,8 @@ class SDE:
         self.grid = torch.linspace(start, stop, num_steps)
         self.dt = float(self.grid[1] - self.grid[0])
         # Euler without a last step does not look at the end.
-        seen = float(self.grid[-2]) if sampling_method == "Euler" and last_step == "None" else stop
-        transport.check_finite(start, seen, score=True, diffusion_form=diffusion_form)
+        seen = self.grid[-2 if sampling_method == "Euler" and last_step == "None" else -1]
+        transport.check_finite(float(self.grid[0]), float(seen), score=True, diffusion_form=diffusion_form)
 
     @property
     def evaluations_per_step(self) -> int:

@@ -120,6 +120,16 @@ class Transport:
         convert = self.path.score_from_velocity if self.prediction == "score" else self.path.noise_from_velocity
         return convert(velocity, x, t)
 
+    def check_trainable(self) -> None:
+        """Refuse to train what is infinite at an end of the training interval.
+
+        Raises:
+            InputError: saying what to pass.
+        """
+        if self.train_eps == 0 and (self.loss_weight != "None" if self.prediction != "velocity" else self.name == "VP"):
+            what = f"the {self.prediction} of {self.name}" + (f" with loss weight {self.loss_weight}" if self.prediction != "velocity" else "")
+            raise InputError(f"{what} is infinite at the ends of time; train it with --train-eps above 0, such as 1e-3")
+
     def training_losses(
         self, model: Model, x_1: Tensor, model_kwargs: dict[str, Any] | None = None, x_0: Tensor | None = None, u: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -133,7 +143,11 @@ class Transport:
 
         Returns:
             "loss" (N,), the mean over everything but the batch, and "pred", the model's output.
+
+        Raises:
+            InputError: as `check_trainable`.
         """
+        self.check_trainable()
         x_0 = torch.randn_like(x_1) if x_0 is None else x_0
         u = torch.rand(len(x_1), device=x_1.device, dtype=x_1.dtype) if u is None else u
         first, last = self.interval(self.train_eps)
@@ -184,7 +198,4 @@ def create_transport(
     defaults = (1e-5, 1e-3) if path_type == "VP" else (0.0, 0.0) if prediction == "velocity" else (1e-3, 1e-3)
     train_eps = defaults[0] if train_eps is None else train_eps
     sample_eps = defaults[1] if sample_eps is None else sample_eps
-    if train_eps == 0 and (loss_weight != "None" if prediction != "velocity" else path_type == "VP"):
-        what = f"the {prediction} of {path_type}" + (f" with loss weight {loss_weight}" if prediction != "velocity" else "")
-        raise InputError(f"{what} is infinite at the ends of time; train it with --train-eps above 0, such as 1e-3")
     return Transport(PATHS[path_type](), prediction, loss_weight, train_eps, sample_eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,25 @@ def as_published(checkpoint: Checkpoint, use: str | None = None, **told: Any) ->
     if "path_type" in checkpoint.arguments:
         notes.append(f"trained as a SiT ({checkpoint.arguments.get('prediction', 'velocity')} of a flow, time in 0..1): a diffusion solver cannot sample it")
     return Published(state, config, notes)
+
+
+def as_sized(checkpoint: Checkpoint, name: str | None, wanted: Mapping[str, Any], **told: Any) -> Published:  # noqa: ANN401  (as in as_published)
+    """`as_published`, for a model that must have the size of `name`.
+
+    Args:
+        wanted: configuration of a model of that name; {} accepts any size.
+
+    Raises:
+        InputError: as `as_published`, or if the size is another.
+    """
+    if wanted:
+        told = {"num_heads": wanted["num_heads"]} | told
+    published = as_published(checkpoint, **told)
+    sizes = ("patch_size", "hidden_size", "depth", "num_heads") if wanted else ()
+    differ = [f"{key} {published.config[key]}, {name} has {wanted[key]}" for key in sizes if published.config[key] != wanted[key]]
+    if differ:
+        raise InputError(f"{checkpoint.path} is a model of another size ({'; '.join(differ)}); pass weights of {name}")
+    return published
 
 
 def _add_position_embedding(checkpoint: Checkpoint, state: dict[str, Tensor], told: dict[str, Any]) -> None:
