@@ -33,10 +33,9 @@ from tqdm import tqdm
 from sit.cli import transport_words
 from sit.transport import Sampler, Transport
 from sit.transport.ode import ADAPTIVE
-from tstitch.autoencoder import PIXELS, Autoencoder, weights_file
-from tstitch.checkpoints import file_hash
+from tstitch.autoencoder import PIXELS, Autoencoder
 from tstitch.cli import positive_int
-from tstitch.data import Features, ImageLatents, open_features
+from tstitch.data import Features, ImageLatents, check_vae, open_features
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder, read_json, write_json
 from tstitch.generate import Ranks, fix_arithmetic
@@ -99,9 +98,8 @@ def open_likelihood_data(args: argparse.Namespace, *, image_size: int, num_class
     if args.data_path is not None:
         data: Features = ImageLatents(ImageFolder(args.data_path, image_size), vae, device, flip=False)
     else:
-        data, weights = open_features(args.features_path), weights_file(vae)
-        if weights.exists() and data.index.get("vae_hash") not in (None, file_hash(weights)):
-            raise InputError(f"the latents were made by {data.index['vae']}, not by {vae}; pass it with --vae")
+        data = open_features(args.features_path)
+        check_vae(data, vae)
     if data.num_classes > num_classes:
         raise InputError(f"the data have {data.num_classes} classes, the model {num_classes}; pass data that it was trained for")
     return data

@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Check, load, sample, save."""
     args = parse_args(argv)
-    plan = sampling_plan(args, presets=SIT_PRESETS)
+    plan = sampling_plan(args, presets=SIT_PRESETS, diffusion=False)
     file = choose_file(args, plan)
     check_folder(args.save_dir)
     plan = flow_plan(args, plan, [file])

@@ -5,7 +5,7 @@
     python sit/sample_ddp.py ODE --preset emoji --cfg-scale 1 --likelihood --features-path data/emoji/features --sample-dir samples/likelihood
 
 Writes MODEL.npz, or ratio_0.30.npz for each of --ratios (arr_0, uint8 N x H x W x 3, what ADM's evaluation reads), and a .json of the same name. Picture
-i and its label come from global seed + i; with an adaptive ODE method the --per-proc-batch-size pictures of a batch share their steps. The same command
+i and its label come from global seed + i alone, but with an adaptive ODE method the pictures of a batch share their steps. The same command
 goes on after a kill, to the same bytes, on any number of processes, and does nothing when all is there. --likelihood writes likelihood.json.
 """
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with join_ranks() as ranks:
         with ranks.agree():
-            plan = sampling_plan(args, fid=True, presets=SIT_PRESETS)
+            plan = sampling_plan(args, fid=True, presets=SIT_PRESETS, diffusion=False)
             files, schedules = choose(args, plan)
             measures = wants_likelihood(args, equation=args.mode, cfg_scale=plan.guidance.scale)
             plan = flow_plan(args, plan, files, alone=False)

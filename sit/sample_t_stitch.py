@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     """Check, load, sample, save."""
     args = parse_args(argv)
     schedules = choose_ratios(args)
-    plan = sampling_plan(args, presets=SIT_PRESETS)
+    plan = sampling_plan(args, presets=SIT_PRESETS, diffusion=False)
     files = mark_dits(args, stitched_files(args, plan, three=bool(args.three_combo)))
     folder = args.save_dir or Path("figures") / f"sit_seed_{args.seed}"
     check_folder(folder)

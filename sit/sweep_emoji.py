@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with join_ranks() as ranks:
         with ranks.agree():
-            plan = sampling_plan(args, presets=SIT_PRESETS)
+            plan = sampling_plan(args, presets=SIT_PRESETS, diffusion=False)
             files = mark_dits(args, stitched_files(args, plan, three=False))
             plan = flow_plan(args, plan, files, alone=False)
             if args.ratios[0] != 0:

@@ -299,7 +299,7 @@ def test_what_a_file_does_not_say_is_the_command_line_s_or_published(weights: li
     torch.save(load_sit(weights[1]).state_dict(), bare)
     files = [DenoiserFile("S", "emoji-small", bare), DenoiserFile("L", "emoji-large", Path(weights[3]))]
     args = sample_t_stitch.parse_args(["ODE", *FEW])
-    plan = replace(sampling_plan(args, presets=SIT_PRESETS), walker=ODEWalker(ODE(create_transport("GVP", "noise"), "euler")))
+    plan = replace(sampling_plan(args, presets=SIT_PRESETS, diffusion=False), walker=ODEWalker(ODE(create_transport("GVP", "noise"), "euler")))
     small, large = load_flows(plan, files)
     assert isinstance(small, Bridge) and (small.process.transport.name, small.process.transport.prediction) == ("Linear", "velocity")
     assert isinstance(large, Bridge)  # which says that it is of the Linear path
@@ -315,7 +315,7 @@ def test_a_dit_is_known_by_what_it_says_or_by_the_flag(tmp_path: Path) -> None:
     assert is_dit(read_checkpoint(tmp_path / "fast.pt")) and not is_dit(read_checkpoint(tmp_path / "bare.pt"))
     with pytest.raises(InputError, match="was trained as a DiT"):
         load_sit(tmp_path / "fast.pt")
-    plan = sampling_plan(sample_t_stitch.parse_args(["ODE", *FEW]), presets=SIT_PRESETS)
+    plan = sampling_plan(sample_t_stitch.parse_args(["ODE", *FEW]), presets=SIT_PRESETS, diffusion=False)
     plan = replace(plan, walker=ODEWalker(ODE(create_transport(), "euler")))
     args = sample_t_stitch.parse_args(["ODE", "--dit", "s"])
     files = mark_dits(args, [DenoiserFile("S", "emoji-small", tmp_path / "bare.pt"), DenoiserFile("L", "emoji-large", tmp_path / "fast.pt")])

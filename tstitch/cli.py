@@ -207,6 +207,7 @@ def sampling_plan(
     fid: bool = False,
     solver: str = "ddim",
     presets: Mapping[str, Preset] = PRESETS,
+    diffusion: bool = True,
 ) -> SamplingPlan:
     """Check the sampling arguments before anything is loaded, and fill in the recipe's and the preset's values.
 
@@ -215,11 +216,12 @@ def sampling_plan(
         fid: take the preset's values for FID, and draw labels that nobody gave from the samples' own seeds.
         solver: the script's default.
         presets: the backbone's model sets.
+        diffusion: as it was said to `add_sampling_args`; False leaves the plan's walker to the backbone.
 
     Raises:
         InputError: for the first argument that cannot be used.
     """
-    recipe = get_recipe(args.recipe) if getattr(args, "recipe", None) else None
+    recipe = get_recipe(args.recipe) if diffusion and args.recipe else None
     preset = get_preset(args.preset or (recipe.preset if recipe else "imagenet512" if args.image_size == 512 else "imagenet256"), presets)
     if fid:
         preset = replace(preset, **preset.for_fid)
@@ -257,7 +259,7 @@ def sampling_plan(
         labels=noise.labels(num_classes) if drawn else torch.tensor([labels[i % len(labels)] for i in range(count)]),
         noise=noise,
         num_steps=num_steps,
-        walker=SolverWalker(create_solver(_given(args.solver, solver), create_diffusion(str(num_steps)))) if hasattr(args, "solver") else None,
+        walker=SolverWalker(create_solver(_given(args.solver, solver), create_diffusion(str(num_steps)))) if diffusion else None,
         guidance=ClassifierFreeGuidance(cfg_scale, num_classes, _parse_channels(args.cfg_channels, preset)),
         vae=NAMED_VAES.get(args.vae, args.vae or preset.vae),
         device=parse_device(args.device),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tstitch.autoencoder import Autoencoder
+from tstitch.autoencoder import Autoencoder, weights_file
 from tstitch.checkpoints import file_hash, first_line
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, read_json, write_json
@@ -266,6 +266,20 @@ def open_features(path: Path) -> FeatureStore | FileFeatures:
     if not (path / "index.json").exists() and any(path.glob("*_features")):
         return FileFeatures(path)
     return FileFeatures(path) if _read_index(path).get("layout") == "files" else FeatureStore(path)
+
+
+def check_vae(data: Features, vae: str) -> None:
+    """Refuse latents that another autoencoder made; where nobody knows, they pass.
+
+    Args:
+        vae: a folder or a hub name.
+
+    Raises:
+        InputError: naming the one that made them.
+    """
+    weights = weights_file(vae)
+    if weights.exists() and data.index.get("vae_hash") not in (None, file_hash(weights)):
+        raise InputError(f"the latents were made by {data.index['vae']}, not by {vae}; pass it with --vae")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tstitch.autoencoder import Autoencoder
-from tstitch.checkpoints import file_hash
 from tstitch.cli import positive_int
+from tstitch.data import check_vae
 from tstitch.diffusion import create_diffusion
 from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
@@ -75,8 +75,7 @@ def create_monitor(args: argparse.Namespace, plan: TrainingPlan, model: nn.Modul
     autoencoder = Autoencoder(args.vae, accelerator.device)
     size = plan.data.latent_shape[-1] * autoencoder.downsampling
     autoencoder.check_fit(plan.data.latent_shape, plan.data.index.get("image_size", size))
-    if plan.data.index.get("vae_hash") not in (None, file_hash(autoencoder.weights)):
-        raise InputError(f"the latents were made by {plan.data.index['vae']}, not by {args.vae}; pass it with --vae")
+    check_vae(plan.data, autoencoder.source)
     extractor = reference = None
     if args.eval_extractor != "none":
         if args.eval_images < 2:

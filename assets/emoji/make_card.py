@@ -69,7 +69,7 @@ def plans(args: argparse.Namespace) -> Iterator[tuple[str, SamplingPlan, Sequenc
     """Backbone, plan, files and models: the DiTs along DDIM, the SiTs along an ODE with as many evaluations."""
     plan = sampling_plan(args)
     yield "DiT", plan, plan.preset.denoisers, load_denoisers(plan, plan.preset.denoisers)
-    plan = replace(sampling_plan(args, presets=SIT_PRESETS), walker=flow_walker(ODE(create_transport(), "heun2", 11)))
+    plan = replace(sampling_plan(args, presets=SIT_PRESETS, diffusion=False), walker=flow_walker(ODE(create_transport(), "heun2", 11)))
     yield "SiT", plan, plan.preset.denoisers, load_flows(plan, plan.preset.denoisers)
 
 
