@@ -50,13 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     if len({result["num_images"] for result in results}) > 1:
         raise InputError(f"these sweeps have {sorted({result['num_images'] for result in results})} pictures; pass sweeps of one number")
     check_folder(args.out.parent)
+    common = set.intersection(*({row["name"] for row in result["rows"]} for result in results))
     curves: dict[str, list[tuple[float, float, str]]] = {}
     for path, result in sorted(zip(args.sweeps, results, strict=True), key=lambda pair: sum(pair[1]["rows"][0]["evaluations"])):
         print(f"{path.stem}: {name_of(result)}, {result['num_images']} pictures\n\n{sweep_table(result['rows'])}\n")
         for row in result["rows"]:
             if args.x == "seconds":
-                curves.setdefault(name_of(result), []).append(point(row, args.x, row["name"]))
-            else:
+                ends_and_middle = row in (result["rows"][0], result["rows"][len(result["rows"]) // 2], result["rows"][-1])  # all of them would overlap
+                curves.setdefault(name_of(result), []).append(point(row, args.x, row["name"] if ends_and_middle else ""))
+            elif row["name"] in common:  # the few that make curves across sweeps
                 kind = result["settings"]["solver"]
                 curves.setdefault(f"{kind}, {row['name']}", []).append(point(row, args.x, ""))
     plot_tradeoff(args.out, curves, xlabel=AXES[args.x], ylabel="FD-emoji (comparable only with itself)")

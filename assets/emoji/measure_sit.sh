@@ -19,7 +19,6 @@ sweep benchmarks/results/sit_heun2_6 ODE --sampling-method heun2 --num-sampling-
 sweep benchmarks/results/sit_sde_11 SDE --num-sampling-steps 11 --ratios 0 0.5 1
 sweep benchmarks/results/sit_heun2_21 ODE --sampling-method heun2 --num-sampling-steps 21 --ratios 0 0.5 1
 sweep benchmarks/results/sit_dopri5 ODE --ratios 0 0.5 1 --dtype fp32
-sweep benchmarks/results/sit_sde_31 SDE --num-sampling-steps 31 --ratios 0 0.5 1
 
 "$PYTHON" sit/plot_sweeps.py "$EMOJI"/sit_results_*.json benchmarks/results/sit_bridge.json --out "$EMOJI/sit_results.png"
 "$PYTHON" sit/plot_sweeps.py "$EMOJI"/sit_results_{ode,sde}.json benchmarks/results/sit_{heun2,sde,dopri5}*.json --x evaluations --out assets/figures/sit_evaluations.png
