@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from sit.transport import DIFFUSION_FORMS, LAST_STEPS, LOSS_WEIGHTS, ODE, ODE_METHODS, PATHS, PREDICTIONS, SDE, SDE_METHODS, Transport, create_transport
+from tstitch.checkpoints.convert import FLOW_WORDS
 from tstitch.errors import InputError
 
-TRANSPORT_WORDS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")  # arguments of create_transport, as checkpoints store them
+TRANSPORT_WORDS = FLOW_WORDS  # arguments of create_transport, as checkpoints store them
 # Words of only one of the two equations, with their published defaults.
 ODE_WORDS: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-3, "reverse": False}
 SDE_WORDS: dict[str, Any] = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "last_step": "Mean", "last_step_size": 0.04}

@@ -32,6 +32,7 @@ from sit.transport import DIFFUSION_FORMS, LAST_STEPS, ODE, PATHS, PREDICTIONS, 
 from sit.transport.ode import ADAPTIVE, ONE_STEP
 from tstitch import generate
 from tstitch.checkpoints import read_checkpoint, save_weights
+from tstitch.checkpoints.convert import convert
 from tstitch.cli import sampling_plan
 from tstitch.data import write_features
 from tstitch.errors import InputError
@@ -497,6 +498,8 @@ def test_a_trained_sit_is_sampled_as_what_it_was_trained_for(store: Path, tmp_pa
         assert json.loads((tmp_path / "s" / "config.json").read_text())["settings"]["path"] == "GVP"
     with pytest.raises(InputError, match="was trained as a SiT"):
         load_dit(tmp_path / "out.safetensors")
+    convert(path, tmp_path / "converted.safetensors")
+    assert said_by(read_checkpoint(tmp_path / "converted.safetensors")) == said
     with pytest.raises(InputError, match="was trained with --path-type GVP, not Linear"):
         train.main([*run, "--path-type", "Linear", "--ckpt", str(path), "--results-dir", str(tmp_path / "other")])
     train.main([*run, "--ckpt", str(path), "--results-dir", str(tmp_path / "next")])

@@ -235,7 +235,8 @@ def sampling_plan(
     num_classes = _given(args.num_classes, preset.num_classes)
     if num_classes < 1:
         raise InputError(f"--num-classes must be at least 1, got {num_classes}")
-    labels = list(_given(args.class_labels, preset.labels))
+    drawn = fid and args.class_labels is None
+    labels = [] if drawn else list(_given(args.class_labels, preset.labels))
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong:
         raise InputError(f"class labels {wrong} are out of range; choose from 0..{num_classes - 1}")
@@ -251,7 +252,6 @@ def sampling_plan(
     if not math.isfinite(cfg_scale):
         raise InputError(f"--cfg-scale must be a finite number, got {cfg_scale}")
     noise = SampleNoise(range(args.seed, args.seed + count))
-    drawn = fid and args.class_labels is None
     return SamplingPlan(
         preset=preset,
         image_size=image_size,

@@ -15,6 +15,8 @@ from tstitch.checkpoints.weights import Checkpoint, check_shapes, file_hash, rea
 from tstitch.errors import InputError
 from tstitch.files import check_folder
 
+FLOW_WORDS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")  # what says which flow a SiT was trained for
+
 
 @dataclass(frozen=True)
 class Published:
@@ -104,7 +106,10 @@ def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32, use: str 
     width, heads = published.config["hidden_size"], published.config["num_heads"]
     if width % heads:
         raise InputError(f"{path}: width {width} is not divisible by {heads} heads; pass another --num-heads")
-    save_weights(out, published.state, published.config, dtype)
+    # What a SiT's trainer says of its flow goes along; without it the file would pass for a DiT's.
+    checkpoint = read_checkpoint(path)
+    flow = {key: value for key in FLOW_WORDS if (value := checkpoint.arguments.get(key)) is not None}
+    save_weights(out, published.state, published.config | flow, dtype)
     return published
 
 
