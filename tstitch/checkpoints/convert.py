@@ -106,9 +106,9 @@ def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32, use: str 
     width, heads = published.config["hidden_size"], published.config["num_heads"]
     if width % heads:
         raise InputError(f"{path}: width {width} is not divisible by {heads} heads; pass another --num-heads")
-    # What a SiT's trainer says of its flow goes along; without it the file would pass for a DiT's.
-    checkpoint = read_checkpoint(path)
-    flow = {key: value for key in FLOW_WORDS if (value := checkpoint.arguments.get(key)) is not None}
+    # What a SiT's trainer says of its flow goes along; without it the file would pass for a DiT's. REPA's words mean time the other way round.
+    said = read_checkpoint(path).arguments
+    flow = {key: value for key in FLOW_WORDS if (value := said.get(key)) is not None} if said.get("path_type") in ("Linear", "GVP", "VP") else {}
     save_weights(out, published.state, published.config | flow, dtype)
     return published
 
