@@ -1,4 +1,4 @@
-"""What a schedule costs on this machine: measure each denoiser once, then every schedule is a sum."""
+"""What a step costs on this machine: measure each denoiser once, then every schedule is a sum (`tstitch.walker.total_seconds`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tstitch.guidance import Denoiser, Guidance
-from tstitch.sampling import Noise, guidance_for_each, model_output, plan_legs
-from tstitch.schedule import StitchSchedule
+from tstitch.sampling import Noise, guidance_for_each, model_output
 from tstitch.solvers import Solver
 
 
@@ -64,8 +63,3 @@ def measure_step_seconds(
 
     pairs = zip(denoisers, guidance_for_each(guidance, len(denoisers)), strict=True)
     return measure_seconds([lambda pair=pair: step(*pair) for pair in pairs], x.device, repeats)
-
-
-def predict_seconds(schedule: StitchSchedule, solver: Solver, step_seconds: Sequence[float]) -> float:
-    """Seconds to sample one batch along `schedule`: sum over its legs of steps times seconds a step."""
-    return sum((leg.stop - leg.start) * step_seconds[leg.denoiser] for leg in plan_legs(schedule, solver, len(step_seconds)))

@@ -99,7 +99,8 @@ def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32, use: str 
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors; the configuration lives in that format's header")
     check_folder(out.parent)
-    published = as_published(read_checkpoint(path), use, **told)
+    checkpoint = read_checkpoint(path)
+    published = as_published(checkpoint, use, **told)
     wrong = [f"{key} is {published.config[key]}, not {value}" for key, value in told.items() if value not in (None, published.config[key])]
     if wrong:
         raise InputError(f"{path} says itself that {', '.join(wrong)}; leave that out")
@@ -107,7 +108,7 @@ def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32, use: str 
     if width % heads:
         raise InputError(f"{path}: width {width} is not divisible by {heads} heads; pass another --num-heads")
     # What a SiT's trainer says of its flow goes along; without it the file would pass for a DiT's. REPA's words mean time the other way round.
-    said = read_checkpoint(path).arguments
+    said = checkpoint.arguments
     flow = {key: value for key in FLOW_WORDS if (value := said.get(key)) is not None} if said.get("path_type") in ("Linear", "GVP", "VP") else {}
     save_weights(out, published.state, published.config | flow, dtype)
     return published
