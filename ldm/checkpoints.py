@@ -43,7 +43,7 @@ def load_ldm_unet(state_dict: Mapping[str, Tensor], params: Mapping[str, Any], s
     Raises:
         InputError: as `build_ldm_unet`, or naming tensors that are missing, left over or of another shape.
     """
-    return _load(build_ldm_unet(params), state_dict, source)
+    return load_compvis(build_ldm_unet(params), state_dict, source)
 
 
 def load_ldm_first_stage(
@@ -54,10 +54,15 @@ def load_ldm_first_stage(
     Raises:
         InputError: as `build_ldm_first_stage`, or naming tensors that are missing, left over or of another shape.
     """
-    return _load(build_ldm_first_stage(params, kind, scale_factor), state_dict, source)
+    return load_compvis(build_ldm_first_stage(params, kind, scale_factor), state_dict, source)
 
 
-def _load(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> Any:  # noqa: ANN401  (what came in)
+def load_compvis(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> Any:  # noqa: ANN401  (what came in)
+    """Load tensors under CompVis' names into a UNet2DConditionModel, VQModel or AutoencoderKL, and put it into eval mode.
+
+    Raises:
+        InputError: naming tensors that are missing, left over or of another shape.
+    """
     names, own = compvis_names(model), model.state_dict()
     check_shapes({names[name]: compvis_shape(names[name], value.shape) for name, value in own.items()}, state, source)
     model.load_state_dict({name: state[names[name]].reshape(value.shape) for name, value in own.items()})
