@@ -51,7 +51,7 @@ def emoji(*arguments: object) -> None:
 class Histogram(Extractor):
     """Features in closed form: mean colour, the first pixel's red, and probabilities of the colours."""
 
-    name, dim, spatial_dim, distance, weights = "histogram", 3, 1, "fd", "none"
+    name, dim, spatial_dim, distance, score, weights = "histogram", 3, 1, "fd", "is", "none"
 
     def measure(self, images: torch.Tensor) -> ImageFeatures:
         images = images.double()

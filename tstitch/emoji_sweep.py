@@ -1,4 +1,4 @@
-"""FD-emoji of many schedules: every schedule sees the same noise and labels, and a killed sweep goes on to the same numbers.
+"""FD-emoji and IS-emoji of many schedules: every schedule sees the same noise and labels, and a killed sweep goes on to the same numbers.
 
 Processes of torchrun share the chunks of pictures; each stores its own sums after each chunk, which are added at the end. A killed sweep may go on with
 another number of processes. FD-emoji is comparable only with itself.
@@ -26,7 +26,8 @@ from tstitch.files import atomic_path, check_folder, read_json, write_json
 from tstitch.generate import Ranks, walk
 from tstitch.metrics import FeatureStatistics, frechet_distance
 from tstitch.metrics.emoji import EmojiExtractor
-from tstitch.metrics.extractors import create_extractor, gather
+from tstitch.metrics.extractors import create_extractor
+from tstitch.metrics.scores import probability_sums, score_of_sums
 from tstitch.noise import SampleNoise
 from tstitch.presets import ROOT, DenoiserFile
 from tstitch.results import markdown_table, weight_hashes
@@ -89,8 +90,10 @@ def sweep(
     with tqdm(total=len(chunks), initial=len(chunks) - len(left), desc=f"{len(schedules)} schedules", unit="chunk", disable=not main) as bar:
         for c in left[ranks.rank :: ranks.size]:
             walked = walk(plan, denoisers, schedules, chunks[c].start, chunks[c].stop)
-            for statistics, latents in zip(sums.statistics, walked.latents, strict=True):
-                gather(extractor, autoencoder.decode(latents), into=statistics)
+            for k, latents in enumerate(walked.latents):
+                features = extractor.measure(autoencoder.decode(latents))
+                sums.statistics[k].update(features.pool)
+                sums.scores[k] = sums.scores[k] + probability_sums(features.probs)
             sums.evaluations += len(chunks[c]) * np.asarray(walked.evaluations, dtype=np.float64)
             sums.done.append(c)
             store(sums)
@@ -106,7 +109,7 @@ def sweep(
             sums.add(path)
 
     evaluations = (sums.evaluations / len(plan.labels)).tolist()
-    rows = make_rows(schedules, [file.letter for file in files], sums.statistics, reference, evaluations, measure(plan, denoisers))
+    rows = make_rows(schedules, [file.letter for file in files], sums, reference, evaluations, measure(plan, denoisers))
     write_json(
         args.out,
         {key: config[key] for key in ("settings", "weights", "seed", "dtype")}
@@ -148,12 +151,13 @@ def finished_chunks(folder: Path) -> set[int]:
 
 
 class Sums:
-    """What a process has gathered: feature statistics and evaluations (schedules, denoisers) over the chunks `done`."""
+    """What a process has gathered over the chunks `done`: feature statistics, sums of class probabilities, and evaluations (schedules, denoisers)."""
 
     def __init__(self, folder: Path, rank: int, num_schedules: int, num_denoisers: int) -> None:
         self.path = folder / f"sums_{rank}.safetensors"
         self.done: list[int] = []
         self.statistics = [FeatureStatistics(EmojiExtractor.dim) for _ in range(num_schedules)]
+        self.scores: list[np.ndarray | float] = [0.0] * num_schedules
         self.evaluations = np.zeros((num_schedules, num_denoisers))
         if self.path.exists():
             self.add(self.path)
@@ -164,12 +168,14 @@ class Sums:
         self.done += tensors["done"].tolist()
         self.evaluations = self.evaluations + tensors["evaluations"]
         for k, statistics in enumerate(self.statistics):
+            self.scores[k] = self.scores[k] + tensors[f"{k}.probabilities"]
             statistics.totals = {name: statistics.totals[name] + tensors[f"{k}.{name}"] for name in statistics.totals}
 
 
 def store(sums: Sums) -> None:
     """Write the sums of all schedules at once."""
     tensors = {f"{k}.{name}": np.asarray(value) for k, statistics in enumerate(sums.statistics) for name, value in statistics.totals.items()}
+    tensors |= {f"{k}.probabilities": np.asarray(score) for k, score in enumerate(sums.scores)}
     with atomic_path(sums.path) as temporary:
         save_file(tensors | {"done": np.array(sums.done), "evaluations": sums.evaluations}, temporary)
 
@@ -184,14 +190,14 @@ def measure(plan: SamplingPlan, denoisers: Sequence[Any]) -> list[float]:
 def make_rows(
     schedules: Sequence[StitchSchedule],
     letters: Sequence[str],
-    statistics: Sequence[FeatureStatistics],
+    sums: Sums,
     reference: dict[str, tuple[np.ndarray, np.ndarray]],
     evaluations: list[list[float]],
     seconds_each: Sequence[float],
 ) -> list[dict[str, Any]]:
     """One row for each schedule."""
     seconds = [total_seconds(each, seconds_each) for each in evaluations]
-    quality = [{name: frechet_distance(gathered.mean, gathered.covariance, *reference[name]) for name in reference} for gathered in statistics]
+    quality = [{name: frechet_distance(gathered.mean, gathered.covariance, *reference[name]) for name in reference} for gathered in sums.statistics]
     return [
         {
             "schedule": schedule.to_json(),
@@ -202,6 +208,7 @@ def make_rows(
             "fd_emoji": quality[k]["train"],
             "fd_emoji_held_out": quality[k]["held_out"],
             "fd_relative": quality[k]["train"] / quality[0]["train"] - 1,
+            "is_emoji": score_of_sums(sums.scores[k]),
         }
         for k, schedule in enumerate(schedules)
     ]
@@ -217,7 +224,10 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['fd_emoji']:.2f}",
             f"{100 * row['fd_relative']:+.1f} %",
             f"{row['fd_emoji_held_out']:.2f}",
+            f"{row['is_emoji']:.2f}" if "is_emoji" in row else "",  # older results have none
         ]
         for row in rows
     ]
-    return markdown_table(["schedule", "evaluations", "sampling speed-up", "FD-emoji", "against large alone", "FD-emoji, held-out reference"], cells)
+    return markdown_table(
+        ["schedule", "evaluations", "sampling speed-up", "FD-emoji", "against large alone", "FD-emoji, held-out reference", "IS-emoji"], cells
+    )

@@ -1,6 +1,7 @@
-"""FD-emoji: the Frechet distance in the features of a small network that knows emoji drawings.
+"""FD-emoji and IS-emoji: Frechet distance and Inception score by a small network that knows emoji drawings.
 
-It is comparable only with itself: not with FID, nor with a value made by another network or another reference.
+They are comparable only with themselves: not with FID, nor with a value made by another network or another reference. IS-emoji lies in 1..9, the
+number of categories.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class EmojiFeatures(nn.Module):
 class EmojiExtractor(Extractor):
     """The network of folder/features.safetensors, with the references of folder/reference.safetensors: "train" and "held_out" drawings."""
 
-    name, dim, distance, image_size = "emoji", EmojiFeatures.dim, "fd_emoji", 64
+    name, dim, distance, score, image_size = "emoji", EmojiFeatures.dim, "fd_emoji", "is_emoji", 64
 
     def __init__(self, device: torch.device | str = "cpu", folder: Path | None = None) -> None:
         self.folder = folder or ROOT / "pretrained_models" / "emoji"
@@ -74,7 +75,8 @@ class EmojiExtractor(Extractor):
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> ImageFeatures:
-        return ImageFeatures(self.network.features(images.to(self.device)))
+        pool = self.network.features(images.to(self.device))
+        return ImageFeatures(pool, probs=self.network.category(pool).softmax(dim=1))
 
     def references(self) -> dict[str, Statistics]:
         """Statistics of the "train" and the "held_out" drawings, every class with the same weight.

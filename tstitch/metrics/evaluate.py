@@ -105,11 +105,11 @@ def evaluate(
     notes = []
     if extractor.spatial_dim:
         metrics["sfid"] = frechet_distance(*got.spatial, *wanted.spatial) if got.spatial and wanted.spatial else None
-        metrics["inception_score"] = got.score
         if metrics["sfid"] is None:
             notes.append("sfid was not measured: it needs images, or mu_s and sigma_s, in both files")
-        if got.score is None:
-            notes.append("inception_score was not measured: it needs images of the samples")
+    metrics[extractor.score] = got.score
+    if got.score is None:
+        notes.append(f"{extractor.score} was not measured: it needs images of the samples")
     metrics["precision"] = metrics["recall"] = None
     if neighbours:
         # Distances are float64, which mps lacks.

@@ -46,6 +46,7 @@ class Extractor(ABC):
         name: what `create_extractor` knows it by.
         dim, spatial_dim: numbers of features; spatial_dim is 0 where there are none.
         distance: what the Frechet distance in these features is called.
+        score: what the Inception score of its class probabilities is called.
         image_size: height and width the images must have, or None for any.
         weights: hash of its weights; two results with different ones cannot be compared.
         device: where its features are.
@@ -55,6 +56,7 @@ class Extractor(ABC):
     dim: int
     spatial_dim: int = 0
     distance: str
+    score: str
     image_size: int | None = None
     weights: str
     device: torch.device = torch.device("cpu")

@@ -35,7 +35,7 @@ class InceptionExtractor(Extractor):
         InputError: if torch-fidelity or the weights are missing, or the weights do not fit.
     """
 
-    name, dim, spatial_dim, distance = "inception", 2048, 17 * 17 * 7, "fid"
+    name, dim, spatial_dim, distance, score = "inception", 2048, 17 * 17 * 7, "fid", "inception_score"
 
     def __init__(self, device: torch.device | str = "cpu", folder: Path | None = None) -> None:
         prepare_torchvision()

@@ -22,38 +22,41 @@ class InceptionScore:
     def __init__(self, split_size: int = 5000) -> None:
         self.split_size = split_size
         self._done: list[float] = []
-        self._open: list[np.ndarray] = []  # of the split being filled: number of rows, sum of p, sum of p log p
+        self._open: np.ndarray | None = None  # sums of the split being filled
 
     def update(self, probs: np.ndarray | Tensor) -> None:
         """Add class probabilities (N, K), rows sum to 1."""
         rest = np.asarray(torch.as_tensor(probs).cpu(), dtype=np.float64)
         while len(rest):
-            room = self.split_size - (self._open[0] if self._open else 0)
+            room = self.split_size - (int(self._open[0]) if self._open is not None else 0)
             part, rest = rest[:room], rest[room:]
-            sums = [len(part), part.sum(axis=0), _plogp(part)]
-            self._open = [a + b for a, b in zip(self._open, sums, strict=True)] if self._open else sums
+            sums = probability_sums(part)
+            self._open = sums if self._open is None else self._open + sums
             if self._open[0] == self.split_size:
-                self._done.append(self._score())
-                self._open = []
-
-    def _score(self) -> float:
-        """Score of the open split: the mean of KL(p_i || mean p) is mean(sum p_i log p_i) - sum(mean p log mean p)."""
-        count, total, plogp = self._open
-        return float(np.exp(plogp / count - _plogp(total / count)))
+                self._done.append(score_of_sums(self._open))
+                self._open = None
 
     def __len__(self) -> int:
         """Number of rows so far."""
-        return len(self._done) * self.split_size + (self._open[0] if self._open else 0)
+        return len(self._done) * self.split_size + (int(self._open[0]) if self._open is not None else 0)
 
     @property
     def value(self) -> float:
         """Mean over the splits."""
-        return float(np.mean([*self._done, self._score()] if self._open else self._done))
+        return float(np.mean(self._done if self._open is None else [*self._done, score_of_sums(self._open)]))
 
 
-def _plogp(p: np.ndarray) -> float:
+def probability_sums(probs: np.ndarray | Tensor) -> np.ndarray:
+    """What the score of class probabilities (N, K) needs of them, float64 (K + 2,): N, the sum of p log p, and the sum of p for each class."""
+    p = np.asarray(torch.as_tensor(probs).cpu(), dtype=np.float64)
     # 0 log 0 is 0: float32 probabilities may underflow.
-    return float((p * np.log(np.where(p > 0, p, 1))).sum())
+    return np.concatenate([[len(p), (p * np.log(np.where(p > 0, p, 1))).sum()], p.sum(axis=0)])
+
+
+def score_of_sums(sums: np.ndarray) -> float:
+    """Inception score from `probability_sums`: the mean of KL(p_i || mean p) is mean(sum p_i log p_i) - sum(mean p log mean p)."""
+    mean = sums[2:] / sums[0]
+    return float(np.exp(sums[1] / sums[0] - (mean * np.log(np.where(mean > 0, mean, 1))).sum()))
 
 
 def inception_score(probs: np.ndarray | Tensor, split_size: int = 5000) -> float:

@@ -23,7 +23,7 @@ class TensorFlowInception(Extractor):
         InputError: if the file or TensorFlow is missing, or the file is no such graph.
     """
 
-    name, dim, spatial_dim, distance = "inception", 2048, 17 * 17 * 7, "fid"
+    name, dim, spatial_dim, distance, score = "inception", 2048, 17 * 17 * 7, "fid", "inception_score"
 
     def __init__(self, graph: Path | None) -> None:
         if graph is None or not graph.is_file():
