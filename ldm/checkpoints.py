@@ -191,18 +191,36 @@ def read_ldm_first_stage(path: str | Path) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.startswith("loss.")}
 
 
-def load_ldm_denoisers(path: str | Path, params: Sequence[Mapping[str, Any]], num_classes: int = 1000, use: str | None = None) -> list[LatentDenoiser]:
-    """Load the denoisers of a LatentDiffusion .ckpt, one, or the two of a T-Stitch file, in eval mode, float32.
+def learned_null_label(path: str | Path, num_classes: int) -> bool:
+    """Whether the class embedders of a LatentDiffusion file have a row more than classes; `num_classes` counts where the file does not say it.
+
+    Raises:
+        InputError: as `read_ldm`.
+    """
+    file = read_checkpoint(path)
+    embedders = LDMCheckpoint.from_state_dict(file.state(), path).embedders
+    return all(len(table["embedding.weight"]) > file.config.get("num_classes", num_classes) for table in embedders)
+
+
+def load_ldm_denoisers(
+    path: str | Path, params: Sequence[Mapping[str, Any]] | None = None, num_classes: int = 1000, use: str | None = None
+) -> list[LatentDenoiser]:
+    """Load the denoisers of a LatentDiffusion .ckpt, one, or the two of a T-Stitch file, or of safetensors of ours; in eval mode, float32.
 
     Args:
-        params: `params` of the yaml's UNetModel, for each U-Net in the file.
+        params: `params` of the yaml's UNetModel, for each U-Net in the file. These and num_classes count where the file does not say them itself.
         num_classes: classes without the null label; an embedder with one row more has learned that label.
         use: as in `LDMCheckpoint.unet`.
 
     Raises:
-        InputError: as `read_ldm` and `load_ldm_unet`, or if the file holds another number of U-Nets or classes.
+        InputError: as `read_ldm` and `load_ldm_unet`, or if the file holds another number of U-Nets or classes, or params are not known.
     """
-    checkpoint = read_ldm(path)
+    file = read_checkpoint(path)
+    checkpoint = LDMCheckpoint.from_state_dict(file.state(), path)
+    params = [file.config["unet"]] if "unet" in file.config else params
+    num_classes = file.config.get("num_classes", num_classes)
+    if params is None:
+        raise InputError(f"{path} does not say what its U-Net looks like; pass the yaml that it was trained with")
     if len(params) != len(checkpoint.unets):
         raise InputError(f"{path} holds {len(checkpoint.unets)} U-Nets, and {len(params)} configurations were given; pass one for each")
     if not checkpoint.embedders:

@@ -19,19 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sit.checkpoints import flow_plan, load_flows, mark_dits
 from sit.cli import add_dit_arg, add_equation_args, given_words
 from tstitch.cli import add_sampling_args, add_weights_args, new_parser, run, sampling_plan, stitched_files
-from tstitch.emoji_sweep import add_sweep_args, sweep, sweep_table
-from tstitch.errors import InputError
+from tstitch.emoji_sweep import add_ratios_arg, add_sweep_args, choose_ratios, sweep, sweep_table
 from tstitch.generate import join_ranks
 from tstitch.plots import plot_tradeoff
 from tstitch.presets import SIT_PRESETS
-from tstitch.schedule import StitchSchedule
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     add_equation_args(parser)
-    parser.add_argument("--ratios", type=float, nargs="+", metavar="R", default=[k / 10 for k in range(11)], help="the small model's shares, 0..1, 0 first")
+    add_ratios_arg(parser)
     add_sweep_args(parser, "sit-emoji-sweep")
     add_weights_args(parser)
     add_dit_arg(parser)
@@ -48,9 +46,8 @@ def main(argv: list[str] | None = None) -> None:
             plan = sampling_plan(args, presets=SIT_PRESETS, diffusion=False)
             files = mark_dits(args, stitched_files(args, plan, three=False))
             plan = flow_plan(args, plan, files, alone=False)
-            if args.ratios[0] != 0:
-                raise InputError(f"--ratios begins with {args.ratios[0]:g}; begin with 0, the large model alone, which the others are compared with")
-        rows = sweep(args, ranks, plan, files, [StitchSchedule.from_ratio(ratio) for ratio in args.ratios], partial(load_flows, given=given_words(args)))
+            schedules = choose_ratios(args)
+        rows = sweep(args, ranks, plan, files, schedules, partial(load_flows, given=given_words(args)))
     if not rows:
         return
     print(sweep_table(rows))

@@ -1,8 +1,10 @@
-"""Latents <-> pictures, through a diffusers AutoencoderKL, or through nothing for models of pixels."""
+"""Latents <-> pictures, through diffusers' AutoencoderKL or VQModel, or through nothing for models of pixels."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,21 @@ from tstitch.torchvision_compat import prepare_torchvision
 # The two Stable Diffusion autoencoders that published DiT weights belong to.
 NAMED_VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 PIXELS = "none"  # the name that stands for no autoencoder
+NO_VARIANCE = -1e4  # a log variance that float16 holds, and whose standard deviation is 0 in float32
+
+
+@dataclass(frozen=True)
+class AutoencoderFile:
+    """An autoencoder in another format than diffusers': its weights file, which names it, and what makes an AutoencoderKL or VQModel of it."""
+
+    path: Path
+    load: Callable[[], nn.Module]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+Source = str | Path | AutoencoderFile
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -32,14 +49,17 @@ class _Identity(nn.Module):
     config = SimpleNamespace(scaling_factor=255 / 256, block_out_channels=(3,), latent_channels=3)
 
     def encode(self, x: Tensor) -> SimpleNamespace:
-        # float16 holds this log variance, and its standard deviation is 0 in float32.
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=x, logvar=torch.full_like(x, -1e4)))
+        return SimpleNamespace(latents=x)
 
     def decode(self, z: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=z)
 
 
-def _load(source: str, dtype: torch.dtype) -> nn.Module:
+def _load(source: str | AutoencoderFile, dtype: torch.dtype) -> nn.Module:
+    if source == PIXELS:
+        return _Identity()
+    if isinstance(source, AutoencoderFile):
+        return nn.Module.to(source.load(), dtype)  # diffusers' own to() warns of modules that stay float32, of which these networks have none
     prepare_torchvision()  # diffusers imports it where it is installed
     from diffusers import AutoencoderKL  # seconds to import, so only where pictures are made
 
@@ -53,25 +73,26 @@ def _load(source: str, dtype: torch.dtype) -> nn.Module:
 
 
 class Autoencoder:
-    """A frozen VAE with its scaling factor.
+    """A frozen autoencoder with its scaling factor. The latents of a VQModel are its map before quantisation, without variance; decoding quantises.
 
     Args:
-        source: mse, ema, a folder in diffusers format, a hub name, or none: the latents are then the pictures (3, H, W) in [-1, 1], in float32.
+        source: mse, ema, a folder in diffusers format, a hub name, an `AutoencoderFile`, or none: the latents are then the pictures (3, H, W) in [-1, 1],
+            in float32.
 
     Raises:
         InputError: if the source is no such folder and cannot be fetched.
     """
 
-    def __init__(self, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, source: Source, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.source = NAMED_VAES.get(str(source), str(source))
         if self.source == PIXELS:
             dtype = torch.float32  # half precision would blur the 256 levels
-        vae = _Identity() if self.source == PIXELS else _load(self.source, dtype)
-        self.vae: nn.Module = vae.to(device).eval().requires_grad_(False)
+        self.vae: nn.Module = _load(source if isinstance(source, AutoencoderFile) else self.source, dtype).to(device).eval().requires_grad_(False)
         self.scaling_factor: float = self.vae.config.scaling_factor
         self.downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent in each direction
-        self.latent_channels: int = self.vae.config.latent_channels
-        self.weights = weights_file(self.source)
+        # A VQModel's codes may have another width than its encoder's output.
+        self.latent_channels: int = getattr(self.vae.config, "vq_embed_dim", None) or self.vae.config.latent_channels
+        self.weights = weights_file(source if isinstance(source, AutoencoderFile) else self.source)
         self.device, self.dtype = torch.device(device), dtype
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
@@ -102,8 +123,12 @@ class Autoencoder:
         """uint8 pictures (N, 3, H, W) -> the posterior's moments (N, 2C, h, w), mean and log variance, unscaled, float32, on the CPU; `batch` at a time."""
         moments = []
         for part in images.split(batch):
-            posterior = self.vae.encode((part.to(self.device).float() / 127.5 - 1).to(self.dtype)).latent_dist
-            moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu())
+            encoded = self.vae.encode((part.to(self.device).float() / 127.5 - 1).to(self.dtype))
+            if hasattr(encoded, "latents"):
+                mean, log_variance = encoded.latents, torch.full_like(encoded.latents, NO_VARIANCE)
+            else:
+                mean, log_variance = encoded.latent_dist.mean, encoded.latent_dist.logvar
+            moments.append(torch.cat([mean, log_variance], dim=1).float().cpu())
         return torch.cat(moments)
 
     @torch.no_grad()
@@ -113,8 +138,10 @@ class Autoencoder:
         return torch.cat([to_uint8(self.vae.decode(part).sample).cpu() for part in scaled.split(batch)])
 
 
-def weights_file(source: str | Path) -> Path:
-    """The file whose hash tells which autoencoder it is: in the folder, or in the hub's cache; for none an empty one."""
+def weights_file(source: Source) -> Path:
+    """The file whose hash tells which autoencoder it is: itself, in the folder, or in the hub's cache; for none an empty one."""
+    if isinstance(source, AutoencoderFile):
+        return source.path
     if str(source) == PIXELS:
         return Path(os.devnull)
     names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]

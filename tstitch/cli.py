@@ -7,14 +7,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tstitch.autoencoder import NAMED_VAES, PIXELS
+from tstitch.autoencoder import NAMED_VAES, PIXELS, Source
 from tstitch.diffusion import create_diffusion
 from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
@@ -44,6 +44,28 @@ def positive_int(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
     return int(text)
+
+
+def yes_or_no(text: str) -> bool:
+    """Argument type: what published scripts take for a truth value."""
+    if text.lower() not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+    return text.lower() in ("yes", "true", "t", "y", "1")
+
+
+class YesNo(argparse.BooleanOptionalAction):
+    """--name and --no-name; and --name true or false, as some published scripts have it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  (argparse's own)
+        super().__init__(*args, **kwargs)
+        self.nargs, self.type = "?", yes_or_no
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:  # noqa: ANN401
+        """Store the word's own value, or the one behind it."""
+        says_no = option_string.startswith("--no-")
+        if says_no and values is not None:
+            parser.error(f"argument {option_string} takes no value")
+        setattr(namespace, self.dest, not says_no if values is None else values)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -109,7 +131,7 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, dif
         group.add_argument("--num-sampling-steps", type=int, metavar="N", help="solver steps, 1..1000 (a single one is taken at t = 0, as published)")
         group.add_argument("--solver", metavar="NAME", help=f"one of {', '.join(SOLVERS)} (default: ddim; ddpm in dit/sample_ddp.py)")
     else:
-        group.add_argument("--num-sampling-steps", type=int, metavar="N", help="times on the grid, 2..1000; an adaptive ODE method chooses its own steps")
+        group.add_argument("--num-sampling-steps", type=int, metavar="N", help="solver steps, 1..1000; of a flow the times on its grid, 2..1000")
     group.add_argument("--cfg-scale", type=float, help="uncond + scale * (cond - uncond); 1 turns guidance off")
     group.add_argument("--cfg-channels", metavar="N|all", help="how many latent channels are guided; published DiT samples guide 3 of 4")
     group.add_argument("--global-seed" if fid else "--seed", dest="seed", type=int, default=0, metavar="SEED", help="picture i is made from seed + i alone")
@@ -157,11 +179,13 @@ class SamplingPlan:
     num_steps: int
     walker: Walker | None  # None until the backbone that brings its own has set it
     guidance: ClassifierFreeGuidance
-    vae: str
+    vae: Source
     device: torch.device
     dtype: torch.dtype
     max_batch: int
     recipe: Recipe | None = None
+    learned_null: bool = True  # guidance asks the models for the null label that they learned; False where the walker brings another
+    also: Mapping[str, object] = field(default_factory=dict)  # settings of the backbone
 
     @property
     def latent_size(self) -> int:
@@ -173,7 +197,7 @@ class SamplingPlan:
         """The solver of a diffusion model."""
         return self.walker.solver
 
-    def check_fit(self, model: Any, path: Path) -> None:  # noqa: ANN401  (a DiT or SiT)
+    def check_fit(self, model: Any, path: Path) -> None:  # noqa: ANN401  (a DiT, SiT or LatentDenoiser)
         """Compare a model that was read from `path` with the pictures that are asked for.
 
         Raises:
@@ -184,7 +208,8 @@ class SamplingPlan:
             raise InputError(f"{path} was trained for {trained}x{trained} pictures, not {self.image_size}x{self.image_size}; pass --image-size {trained}")
         if model.num_classes != self.num_classes:
             raise InputError(f"{path} was trained for {model.num_classes} classes, not {self.num_classes}; pass --num-classes {model.num_classes}")
-        if self.guidance.scale != 1 and model.config["class_dropout_prob"] == 0:
+        has_null_label = model.has_null_label if hasattr(model, "has_null_label") else model.config["class_dropout_prob"] > 0
+        if self.guidance.scale != 1 and self.learned_null and not has_null_label:
             raise InputError(f"{path} was trained without label dropout and has no null label to guide from; pass --cfg-scale 1")
 
     @property
@@ -192,7 +217,7 @@ class SamplingPlan:
         """What two results must have in common to be compared."""
         settings: dict[str, object] = {
             "preset": self.preset.name, "image_size": self.image_size, **self.walker.settings, "cfg_scale": self.guidance.scale,
-            "cfg_channels": self.guidance.channels or "all",
+            "cfg_channels": self.guidance.channels or "all", **self.also,
         }  # fmt: skip
         return settings | ({"recipe": self.recipe.name} if self.recipe else {})
 

@@ -379,8 +379,10 @@ class ImageLatents:
     Draws what a feature store of these pictures draws from the same state of torch's global generator, up to the store's float16.
     """
 
-    def __init__(self, pictures: ImageFolder, vae: str | Path, device: torch.device | str = "cpu", num_threads: int = 4, flip: bool = True) -> None:
-        self.pictures, self.autoencoder = pictures, Autoencoder(vae, device)
+    def __init__(
+        self, pictures: ImageFolder, vae: str | Path | Autoencoder, device: torch.device | str = "cpu", num_threads: int = 4, flip: bool = True
+    ) -> None:
+        self.pictures, self.autoencoder = pictures, vae if isinstance(vae, Autoencoder) else Autoencoder(vae, device)
         self.labels, self.num_classes = pictures.labels, pictures.num_classes
         self.latent_shape: tuple[int, ...] = self.autoencoder.latent_shape(pictures.image_size)
         self.index = {"layout": "pictures", **describe(pictures, self.autoencoder, 2 if flip else 1)}

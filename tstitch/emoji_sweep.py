@@ -45,6 +45,22 @@ def add_sweep_args(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--models", type=Path, default=ROOT / "pretrained_models" / "emoji", help="folder of the extractor and its reference")
 
 
+def add_ratios_arg(parser: argparse.ArgumentParser) -> None:
+    """Add which ratios of two models are swept; `choose_ratios` reads them."""
+    parser.add_argument("--ratios", type=float, nargs="+", metavar="R", default=[k / 10 for k in range(11)], help="the small model's shares, 0..1, 0 first")
+
+
+def choose_ratios(args: argparse.Namespace) -> list[StitchSchedule]:
+    """Schedules of --ratios.
+
+    Raises:
+        InputError: if the first is not 0.
+    """
+    if args.ratios[0] != 0:
+        raise InputError(f"--ratios begins with {args.ratios[0]:g}; begin with 0, the large model alone, which the others are compared with")
+    return [StitchSchedule.from_ratio(ratio) for ratio in args.ratios]
+
+
 def sweep(
     args: argparse.Namespace,
     ranks: Ranks,

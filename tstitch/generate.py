@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tstitch.autoencoder import Autoencoder
-from tstitch.cli import SamplingPlan, add_sampling_args, positive_int
+from tstitch.cli import SamplingPlan, YesNo, add_sampling_args, positive_int
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder, read_json, write_json
 from tstitch.noise import SampleNoise
@@ -52,7 +52,7 @@ def add_generation_args(parser: argparse.ArgumentParser, sample_dir: Path, *, di
         "--per-proc-batch-size", type=positive_int, default=32, metavar="B", help="pictures that a process walks together; part of what decides the last bit"
     )
     parser.add_argument("--png", action="store_true", help="write every picture as a PNG too")
-    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 matrix products on GPUs: faster, less exact")
+    parser.add_argument("--tf32", action=YesNo, default=True, help="TensorFloat-32 matrix products on GPUs: faster, less exact")
     add_sampling_args(parser, fid=True, diffusion=diffusion)
     parser.set_defaults(max_batch=None)  # one branch of the tree at a time, so that B bounds memory
 

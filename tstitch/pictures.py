@@ -34,7 +34,8 @@ def center_crop(picture: Image.Image, size: int) -> Image.Image:
     return picture.crop((left, top, left + size, top + size))
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB: what is transparent lies on white, 16 bits become 8."""
     if picture.mode.startswith("I;16"):  # Pillow would clip at 255
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
@@ -89,7 +90,7 @@ class ImageFolder:
         """
         try:
             with Image.open(self.path / self.names[i]) as picture:
-                pixels = np.array(center_crop(_to_rgb(picture), self.image_size))
+                pixels = np.array(center_crop(to_rgb(picture), self.image_size))
         except Exception as error:  # decoders raise errors of every kind on damaged files
             raise DamagedPictureError(f"{self.names[i]} cannot be decoded ({first_line(error)}); mend it, or extract features with --skip-bad") from None
         image = torch.from_numpy(pixels).permute(2, 0, 1)

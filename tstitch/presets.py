@@ -51,6 +51,7 @@ class Preset:
     cfg_channels: int | None = 3  # 3 of the 4 latent channels, as the published samples were made
     results: tuple[Path, ...] = ()  # measured quality by schedule, a file for each way to sample
     for_fid: Mapping[str, Any] = field(default_factory=dict)  # values that the published samples for FID were made with, where the demos have others
+    config: Path | None = None  # yaml that says what the models are, where their files do not
 
     def class_name(self, label: int) -> str:
         """Name of a class, or its number."""
@@ -100,6 +101,18 @@ SIT_PRESETS = {
         _imagenet("SiT", 512, num_sampling_steps=250, for_fid=_SIT_FID),
     )
 }
+_LDM = ROOT / "pretrained_models"
+LDM_PRESETS = {
+    preset.name: preset
+    for preset in (
+        _emoji("ldm", ("small", "large"), ("ldm_results",), num_sampling_steps=20),
+        Preset(
+            "imagenet256", 256, 1000, (DenoiserFile("S", "LDM-S", _LDM / "ldm_s.ckpt"), DenoiserFile("L", "LDM", _LDM / "ldm.ckpt")),
+            vae=str(_LDM / "vq-f8" / "model.ckpt"), labels=(25, 187, 448, 992), num_sampling_steps=100, cfg_scale=3.0, cfg_channels=None,
+            for_fid={"num_sampling_steps": 200}, config=ROOT / "ldm" / "configs" / "cin-ldm-vq-f8-t-stitch.yaml",
+        ),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

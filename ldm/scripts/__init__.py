@@ -1,0 +1,1 @@
+"""The scripts that sample stitched U-Nets."""
