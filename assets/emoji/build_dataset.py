@@ -18,6 +18,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +45,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def fetch(folder: Path) -> dict[str, Path]:
-    """Download the two npm packages into `folder`; returns drawing set -> tarball."""
-    names = {name: f"emoji-datasource-{name}@{VERSION}" for name in DRAWING_SETS}
-    for package in names.values():
-        try:
-            subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        except (FileNotFoundError, subprocess.CalledProcessError) as error:
-            raise InputError(f"could not fetch {package} with npm ({error}); install npm, or pass the tarballs with --tarballs") from None
-    return {name: folder / f"emoji-datasource-{name}-{VERSION}.tgz" for name in DRAWING_SETS}
+def fetch(folder: Path, name: str, version: str) -> Path:
+    """Download an npm package into `folder`; returns its tarball.
+
+    Raises:
+        InputError: without npm, or without a network.
+    """
+    try:
+        subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise InputError(f"could not fetch {name}@{version} with npm ({error}); install npm, or pass the tarballs with --tarballs") from None
+    return folder / f"{name}-{version}.tgz"
+
+
+def drawing_packages(given: list[str] | None, folder: Path) -> dict[str, Path]:
+    """Drawing set -> tarball: what --tarballs gave, or what is downloaded into `folder`.
+
+    Raises:
+        InputError: if --tarballs does not name both sets.
+    """
+    if not given:
+        return {name: fetch(folder, f"emoji-datasource-{name}", VERSION) for name in DRAWING_SETS}
+    tarballs = {name: Path(path) for name, path in (item.split("=", 1) for item in given if "=" in item)}
+    if sorted(tarballs) != sorted(DRAWING_SETS):
+        raise InputError(f"--tarballs needs google=FILE twitter=FILE, got {given}")
+    return tarballs
 
 
 def on_white(png: bytes) -> np.ndarray:
@@ -62,8 +79,26 @@ def on_white(png: bytes) -> np.ndarray:
     return np.asarray(Image.alpha_composite(white, drawing).convert("RGB"))
 
 
-def read_drawings(tarball: Path, drawing_set: str) -> list[dict]:
-    """Read one package: a record for each drawing, with its skin tones."""
+@dataclass(frozen=True)
+class Variant:
+    """One drawing of one emoji: its entry of emoji.json, its skin tones as code points ("1F3FD", two of them with a hyphen, or ""), its file."""
+
+    entry: dict
+    skin_tones: str
+    image: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the emoji is one of the tenth that no model sees."""
+        return zlib.crc32(self.entry["unified"].encode()) % 10 == 0
+
+
+def read_package(tarball: Path, drawing_set: str) -> tuple[list[Variant], dict[str, bytes]]:
+    """Read one package: the drawings of one set in their order, and the PNG of each file.
+
+    Raises:
+        InputError: if the tarball cannot be read, or holds no drawings of that set.
+    """
     pictures, emoji = {}, []
     prefix = f"package/img/{drawing_set}/64/"
     try:
@@ -77,32 +112,37 @@ def read_drawings(tarball: Path, drawing_set: str) -> list[dict]:
         raise InputError(f"{tarball} is no readable npm package ({error}); fetch it again") from None
     if not pictures or not emoji:
         raise InputError(f"{tarball} holds no drawings of {drawing_set} at 64 pixels; pass the package emoji-datasource-{drawing_set} {VERSION}")
-    records = []
+    variants = []
     for entry in emoji:
         if entry["category"] not in EMOJI_CLASSES:  # "Component" holds bare skin-tone swatches
             continue
-        for variant in [entry, *entry.get("skin_variations", {}).values()]:
+        for skin_tones, variant in [("", entry), *entry.get("skin_variations", {}).items()]:
             if variant["image"] in pictures:
-                records.append(
-                    {
-                        "image": on_white(pictures[variant["image"]]),
-                        "label": EMOJI_CLASSES.index(entry["category"]),
-                        "drawing_set": DRAWING_SETS.index(drawing_set),
-                        "name": (entry["name"] or entry["short_name"]).lower(),
-                        "held_out": zlib.crc32(entry["unified"].encode()) % 10 == 0,
-                    }
-                )
-    return records
+                variants.append(Variant(entry, skin_tones, variant["image"]))
+    return variants, pictures
+
+
+def read_drawings(tarball: Path, drawing_set: str) -> list[dict]:
+    """Read one package: a record for each drawing, with its skin tones."""
+    variants, pictures = read_package(tarball, drawing_set)
+    return [
+        {
+            "image": on_white(pictures[variant.image]),
+            "label": EMOJI_CLASSES.index(variant.entry["category"]),
+            "drawing_set": DRAWING_SETS.index(drawing_set),
+            "name": (variant.entry["name"] or variant.entry["short_name"]).lower(),
+            "held_out": variant.held_out,
+        }
+        for variant in variants
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Build the file."""
     args = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        tarballs = dict(item.partition("=")[::2] for item in args.tarballs) if args.tarballs else fetch(Path(folder))
-        if sorted(tarballs) != sorted(DRAWING_SETS):
-            raise InputError(f"--tarballs needs google=FILE twitter=FILE, got {args.tarballs}")
-        records = [record for name in DRAWING_SETS for record in read_drawings(Path(tarballs[name]), name)]
+        tarballs = drawing_packages(args.tarballs, Path(folder))
+        records = [record for name in DRAWING_SETS for record in read_drawings(tarballs[name], name)]
     if args.sample:
         records = [records[i] for i in np.linspace(0, len(records) - 1, args.sample).round().astype(int)]
     columns = {key: np.array([record[key] for record in records]) for key in records[0]}

@@ -1,0 +1,309 @@
+"""What the demos share: the words of their command lines, pictures of every ratio from the same noise, a grid with times, results.json.
+
+Picture i is made from seed + i alone: not from its neighbours in a batch, and not from the ratio. So a row of the grid shows what stitching changes and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from sd.sdxl_data import weights_hash
+from sd.tstitch_sd_utils import LARGE_SDXL, OFFLOADS, get_tstitch_pipepline_sdxl_controlnet, stitched_unet
+from tstitch.checkpoints import first_line
+from tstitch.cli import DTYPES, new_parser, parse_device, positive_int
+from tstitch.errors import InputError
+from tstitch.files import check_folder, write_json
+from tstitch.pictures import to_rgb
+from tstitch.plots import image_grid, save_image
+from tstitch.results import markdown_table
+from tstitch.schedule import StitchSchedule, steps_by_denoiser
+
+RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+LETTERS = ("S", "L")  # small, large
+CELL = 256  # pixels of a picture in the grid, at most
+Pictures = list[Image.Image]
+
+
+def demo_parser(
+    doc: str | None, *, prompt: str | None, large: str, steps: int | tuple[int, ...] | None = 50, guidance: float | None = 7.5,
+    negative_prompt: str = "", ratios: Sequence[float] | None = RATIOS, max_batch: int | None = 1, save_dir: str,
+) -> argparse.ArgumentParser:  # fmt: skip
+    """Make a parser with the words that every demo shares; `demo_plan` reads them. The arguments are the demo's defaults; a tuple of steps takes several."""
+    parser = new_parser(doc)
+    parser.add_argument("--prompt", nargs="*", default=prompt and [prompt], metavar="TEXT", help="what the pictures shall show, one or more prompts")
+    parser.add_argument("--negative_prompt", default=negative_prompt, metavar="TEXT", help="what they shall not show")
+    parser.add_argument("--ratios", type=float, nargs="+", default=ratios and list(ratios), metavar="RATIO", help="the small model's share of the steps, 0..1")
+    parser.add_argument("--large", default=large, metavar="NAME", help="large model: a hub name, or a folder in diffusers format")
+    parser.add_argument("--small", metavar="NAME", help="small model: likewise, or a U-Net alone (default: beside the large one, else the published one)")
+    parser.add_argument("--lora", metavar="NAME", help="a LoRA for the large model: a file, a folder or a hub name")
+    several = {"nargs": "+", "default": list(steps)} if isinstance(steps, tuple) else {"default": steps}
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps, 1..1000", **several)
+    parser.add_argument("--guidance", type=float, default=guidance, help="uncond + guidance * (cond - uncond); 1 turns guidance off")
+    parser.add_argument("--num-images", type=positive_int, metavar="N", help="how many pictures; the prompts repeat (default: one for each prompt)")
+    parser.add_argument("--seed", type=int, default=0, help="picture i is made from seed + i alone")
+    parser.add_argument("--height", type=positive_int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    parser.add_argument("--width", type=positive_int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    parser.add_argument("--max-batch", type=positive_int, default=max_batch, metavar="N", help="most pictures in one call of the pipeline")
+    parser.add_argument("--save_dir", type=Path, default=Path(save_dir), help="folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: fp16 on cuda, fp32 elsewhere)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="switch: one U-Net on the accelerator at a time; model: one model of any kind")
+    return parser
+
+
+def add_picture_arg(parser: argparse.ArgumentParser, what: str, *, required: bool = True) -> None:
+    """Add the pictures that a demo starts from; they repeat as the prompts do."""
+    parser.add_argument("--image", type=Path, nargs="+", default=[], required=required, metavar="FILE", help=what)
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """Checked arguments: a prompt, a seed and, where the demo starts from pictures, a picture for each row of the grid."""
+
+    prompts: list[str]
+    seeds: list[int]
+    pictures: Pictures
+    negative_prompt: str
+    ratios: list[float]
+    steps: int
+    guidance: float
+    size: tuple[int | None, int | None]  # width, height; None is the model's own
+    max_batch: int
+    folder: Path
+    large: str
+    small: str | None
+    lora: str | None
+    loading: dict[str, Any]  # what every loader of a stitched pipeline takes
+    arguments: dict[str, Any]  # the whole command line, for the record
+
+    def fitted(self, pipe: DiffusionPipeline, pictures: Sequence[Image.Image] | None = None) -> Pictures:
+        """The pictures in the size that the pipeline makes, cut in the middle to its shape."""
+        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        width, height = (side or own for side in self.size)
+        return [ImageOps.fit(picture, (width, height)) for picture in (self.pictures if pictures is None else pictures)]
+
+
+def demo_plan(args: argparse.Namespace) -> DemoPlan:
+    """Check the arguments before anything is loaded.
+
+    Raises:
+        InputError: for the first argument that cannot be used.
+    """
+    if not args.prompt or not all(prompt.strip() for prompt in args.prompt):
+        raise InputError('no prompt given, or an empty one; write what the pictures shall show, e.g. --prompt "red heart"')
+    for ratio in args.ratios or ():
+        StitchSchedule.from_ratio(ratio)
+    counts = args.steps if isinstance(args.steps, list) else [args.steps]
+    if not all(1 <= steps <= 1000 for steps in counts):
+        raise InputError(f"--steps must lie in 1..1000, got {' '.join(map(str, counts))}")
+    if not math.isfinite(args.guidance):
+        raise InputError(f"--guidance must be a finite number, got {args.guidance}")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed must lie in 0..2**63-1, got {args.seed}")
+    wrong = [side for side in (args.width, args.height) if side is not None and side % 8]
+    if wrong:
+        raise InputError(f"--height and --width are multiples of 8, got {wrong[0]}")
+    check_folder(args.save_dir)
+    paths = getattr(args, "image", [])
+    count = args.num_images or max(len(args.prompt), len(paths))
+    pictures = [read_picture(path) for path in paths]
+    return DemoPlan(
+        prompts=[args.prompt[i % len(args.prompt)] for i in range(count)],
+        seeds=list(range(args.seed, args.seed + count)),
+        pictures=[pictures[i % len(pictures)] for i in range(count)] if pictures else [],
+        negative_prompt=args.negative_prompt,
+        ratios=args.ratios or list(RATIOS),
+        steps=counts[0],
+        guidance=args.guidance,
+        size=(args.width, args.height),
+        max_batch=args.max_batch,
+        folder=args.save_dir,
+        large=args.large,
+        small=args.small,
+        lora=args.lora,
+        loading={"device": parse_device(args.device), "dtype": args.dtype and DTYPES[args.dtype], "offload": args.offload},
+        arguments={name: json.loads(json.dumps(value, default=str)) for name, value in vars(args).items()},
+    )
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Read a picture as RGB, upright as its camera says, what is transparent white.
+
+    Raises:
+        InputError: if the file is missing or holds no picture.
+    """
+    try:
+        with Image.open(path) as opened:
+            return to_rgb(ImageOps.exif_transpose(opened))
+    except FileNotFoundError:
+        raise InputError(f"no picture at {path}; check the path") from None
+    except Exception as error:  # decoders raise errors of every kind on damaged files
+        raise InputError(f"{path} cannot be read as a picture ({first_line(error)}); choose another file") from None
+
+
+def load_part(what: str, source: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (a model)
+    """Call a library's `load` for what comes beside the two models, e.g. a LoRA.
+
+    Raises:
+        InputError: if it is neither here nor to be had from the hub, or does not fit.
+    """
+    try:
+        return load(*args, **kwargs)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"could not load the {what} {source} ({first_line(error)}); pass its folder, or connect to the hub") from None
+
+
+def load_pipeline(loader: Callable[..., DiffusionPipeline], plan: DemoPlan, **how: Any) -> DiffusionPipeline:  # noqa: ANN401
+    """The stitched pipeline that a plan asks for, its LoRA in the large U-Net; `loader` is one of `sd.tstitch_sd_utils`, `how` more of its keywords."""
+    pipe = loader(plan.large, plan.small, **plan.loading, **how)
+    if plan.lora:
+        load_part("LoRA", plan.lora, pipe.load_lora_weights, plan.lora)
+    return pipe
+
+
+def sample(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], *, ratio: float, negative_prompt: str = "", **call: Any) -> Tensor:  # noqa: ANN401
+    """Call a stitched pipeline once: picture i shows prompts[i] and is made from seeds[i] alone; `call` goes to the pipeline.
+
+    Returns:
+        uint8 (N, 3, H, W), on the CPU.
+    """
+    # On the CPU: a CUDA generator gives other numbers for the same seed.
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    negative = [negative_prompt] * len(prompts)
+    made = pipe(list(prompts), negative_prompt=negative, unet_s_ratio=ratio, generator=generators, output_type="pt", **call).images
+    return made.float().mul(255).round().to("cpu", torch.uint8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ratio: steps of the small and the large model, seconds of a picture with text and decoding, speed-up against ratio 0 if that was run too."""
+
+    ratio: float
+    name: str
+    steps: list[int]
+    seconds_per_image: float
+    speed_up: float | None
+    files: list[str]
+
+
+def run_demo(
+    pipe: DiffusionPipeline,
+    plan: DemoPlan,
+    shown: Mapping[str, Pictures] | None = None,
+    per_picture: Mapping[str, Pictures] | None = None,
+    **call: Any,  # noqa: ANN401
+) -> None:
+    """Sample every ratio, then write the pictures, grid.png and results.json, and print a table.
+
+    Args:
+        pipe: a stitched pipeline.
+        plan: what to sample.
+        shown: columns in front of the ratios: header -> a picture for each row.
+        per_picture: arguments of the pipeline with a picture for each row.
+        call: arguments of the pipeline that are the same for all rows; they are recorded.
+    """
+    unet = stitched_unet(pipe)
+    pipe.set_progress_bar_config(leave=False, desc="steps")
+    call = {"guidance_scale": plan.guidance, "negative_prompt": plan.negative_prompt, **call}
+    if not per_picture:
+        call |= {"width": plan.size[0], "height": plan.size[1]}
+    batches = [slice(i, i + plan.max_batch) for i in range(0, len(plan.seeds), plan.max_batch)]
+
+    def pictures(ratio: float, steps: int, batch: slice) -> Tensor:
+        each = {name: values[batch] for name, values in (per_picture or {}).items()}
+        return sample(pipe, plan.prompts[batch], plan.seeds[batch], ratio=ratio, num_inference_steps=steps, **call, **each)
+
+    for ratio in (0.0, 1.0):  # the first call of a model prepares kernels, and times are shown
+        pictures(ratio, math.ceil(2 / call.get("strength", 1)), batches[0])
+    columns, steps, seconds = [], [], []
+    with tqdm(desc="sampling", total=len(plan.ratios) * len(plan.seeds), unit="picture") as bar:
+        for ratio in plan.ratios:
+            start, made = time.perf_counter(), []
+            for batch in batches:
+                made.append(pictures(ratio, plan.steps, batch))
+                bar.update(len(made[-1]))
+            seconds.append((time.perf_counter() - start) / len(plan.seeds))
+            columns.append([Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())) for picture in torch.cat(made)])
+            taken = steps_by_denoiser(unet.legs, len(unet.unets))
+            steps.append([taken[0], taken[-1]])
+    alone = seconds[plan.ratios.index(0)] if 0 in plan.ratios else None
+    rows = [
+        Row(
+            ratio=ratio,
+            name=StitchSchedule.from_ratio(ratio).describe(LETTERS),
+            steps=steps[k],
+            seconds_per_image=seconds[k],
+            speed_up=None if alone is None else alone / seconds[k],
+            files=[f"{i:02d}_ratio_{ratio:g}.png" for i in range(len(plan.seeds))],
+        )
+        for k, ratio in enumerate(plan.ratios)
+    ]
+    _save(pipe, plan, rows, columns, dict(shown or {}), call)
+    cells = [
+        [f"{row.ratio:g}", "/".join(map(str, row.steps)), f"{row.seconds_per_image:.3f}", "-" if row.speed_up is None else f"{row.speed_up:.2f}"]
+        for row in rows
+    ]
+    print(markdown_table(["ratio", "steps small/large", "seconds per image", "speed-up"], cells))
+    print(f"wrote {plan.folder}")
+
+
+def _save(pipe: DiffusionPipeline, plan: DemoPlan, rows: list[Row], columns: list[Pictures], shown: dict[str, Pictures], call: dict[str, Any]) -> None:
+    for row, column in zip(rows, columns, strict=True):
+        for name, picture in zip(row.files, column, strict=True):
+            save_image(plan.folder / name, picture)
+    side = min(CELL, max(columns[0][0].size))
+    tiles = [[ImageOps.pad(picture, (side, side), color="white") for picture in row] for row in zip(*shown.values(), *columns, strict=True)]
+    grid = torch.stack([torch.stack([torch.from_numpy(np.array(tile)).permute(2, 0, 1) for tile in row]) for row in tiles])
+    headers = [*shown, *(f"ratio {row.ratio:g}\n{row.seconds_per_image:.2f} s" for row in rows)]
+    save_image(plan.folder / "grid.png", image_grid(grid, headers, [textwrap.shorten(prompt, 36, placeholder=" ...") for prompt in plan.prompts], cell=128))
+    unet = stitched_unet(pipe)
+    record = {
+        "settings": {
+            "pipeline": type(pipe).__name__, "scheduler": type(pipe.scheduler).__name__, "num_steps": plan.steps, **call,
+            "size": list(columns[0][0].size),
+        },
+        "prompts": plan.prompts,
+        "seeds": plan.seeds,
+        "models": {"S": plan.small or str(unet.unets[0].config._name_or_path), "L": plan.large},
+        "weights": {"S": weights_hash(unet.unets[0]), "L": weights_hash(unet.large)},
+        "dtype": str(unet.dtype).removeprefix("torch."),
+        "device": str(plan.loading["device"]),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    write_json(plan.folder / "results.json", record | {"arguments": plan.arguments} | {"rows": [asdict(row) for row in rows]})
+
+
+def controlnet_parser(doc: str | None, *, prompt: str, controlnet: str, save_dir: str) -> argparse.ArgumentParser:
+    """Make a parser for an SDXL demo whose pictures follow a map, which is drawn from --image."""
+    parser = demo_parser(doc, prompt=prompt, negative_prompt="blur, low quality", large=LARGE_SDXL, save_dir=save_dir)
+    add_picture_arg(parser, "pictures to follow, cut to the model's shape; they repeat")
+    parser.add_argument("--controlnet", default=controlnet, metavar="NAME", help="ControlNet of the large model: a hub name, or a folder in diffusers format")
+    parser.add_argument("--scale", type=float, default=0.5, help="how strictly the map is followed; 0 ignores it")
+    return parser
+
+
+def run_controlnet_demo(args: argparse.Namespace, plan: DemoPlan, what: str, draw: Callable[[Image.Image], Image.Image]) -> None:
+    """Draw the map of each picture, and sample what follows it; `what` the map is goes over its column."""
+    if not math.isfinite(args.scale):
+        raise InputError(f"--scale must be a finite number, got {args.scale}")
+    pipe = load_pipeline(get_tstitch_pipepline_sdxl_controlnet, plan, controlnet=args.controlnet)
+    pictures = plan.fitted(pipe)
+    maps = [draw(picture).convert("RGB").resize(picture.size) for picture in pictures]
+    run_demo(pipe, plan, {"picture": pictures, what: maps}, {"image": maps}, controlnet_conditioning_scale=args.scale)
