@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format bench clean
+.PHONY: help demo web test test-slow test-gpu test-web lint format bench clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -17,6 +17,9 @@ help:            ## show this list
 demo: .venv/.installed   ## 11 stitched ratios of the bundled emoji models -> figures/demo
 	$(BIN)/python dit/sample_t_stitch.py --preset emoji --all_tradeoffs --save_dir figures/demo
 
+web: .venv/.installed   ## the web page, on this machine
+	$(BIN)/python sd/gradio_demo.py
+
 test: .venv/.installed   ## the tests, a few minutes
 	$(BIN)/python -m pytest -q
 
@@ -25,6 +28,12 @@ test-slow: .venv/.installed   ## the tests that take minutes
 
 test-gpu: .venv/.installed   ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
+
+test-web: .venv/.installed   ## the tests of the web page in a Chromium, which apt installs where there is none
+	@command -v chromedriver >/dev/null || { command -v apt-get >/dev/null && { [ $$(id -u) = 0 ] || sudo=sudo; \
+		$$sudo apt-get update -q && $$sudo apt-get install -qy --no-install-recommends chromium chromium-driver; }; } \
+		|| { echo "error: install Chromium and chromedriver first"; exit 1; }
+	$(BIN)/python -m pytest -q -m web tests/test_web.py
 
 lint: .venv/.installed   ## ruff, style and format
 	$(BIN)/ruff check .
