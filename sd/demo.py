@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.sdxl_data import weights_hash
-from sd.tstitch_sd_utils import LARGE_SDXL, OFFLOADS, get_tstitch_pipepline_sdxl_controlnet, stitched_unet
+from sd.tstitch_sd_utils import LARGE_SDXL, OFFLOADS, get_tstitch_pipepline_sdxl_controlnet, load_lora, stitched_unet
 from tstitch.checkpoints import first_line
 from tstitch.cli import DTYPES, new_parser, parse_device, positive_int
 from tstitch.errors import InputError
-from tstitch.files import check_folder, write_json
+from tstitch.files import check_folder, read_json, write_json
 from tstitch.pictures import to_rgb
 from tstitch.plots import image_grid, save_image
 from tstitch.results import markdown_table
@@ -47,7 +47,8 @@ def demo_parser(
     """Make a parser with the words that every demo shares; `demo_plan` reads them. The arguments are the demo's defaults; a tuple of steps takes several."""
     parser = new_parser(doc)
     parser.add_argument("--prompt", nargs="*", default=prompt and [prompt], metavar="TEXT", help="what the pictures shall show, one or more prompts")
-    parser.add_argument("--negative_prompt", default=negative_prompt, metavar="TEXT", help="what they shall not show")
+    parser.add_argument("--negative_prompt", metavar="TEXT", help=f"what they shall not show; needs guidance (default: {negative_prompt or 'nothing'})")
+    parser.set_defaults(usual_negative_prompt=negative_prompt)
     parser.add_argument("--ratios", type=float, nargs="+", default=ratios and list(ratios), metavar="RATIO", help="the small model's share of the steps, 0..1")
     parser.add_argument("--large", default=large, metavar="NAME", help="large model: a hub name, or a folder in diffusers format")
     parser.add_argument("--small", metavar="NAME", help="small model: likewise, or a U-Net alone (default: beside the large one, else the published one)")
@@ -82,6 +83,7 @@ class DemoPlan:
     negative_prompt: str
     ratios: list[float]
     steps: int
+    counts: list[int]  # every number of steps that is asked for, `steps` the first
     guidance: float
     size: tuple[int | None, int | None]  # width, height; None is the model's own
     max_batch: int
@@ -94,8 +96,9 @@ class DemoPlan:
 
     def fitted(self, pipe: DiffusionPipeline, pictures: Sequence[Image.Image] | None = None) -> Pictures:
         """The pictures in the size that the pipeline makes, cut in the middle to its shape."""
-        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        width, height = (side or own for side in self.size)
+        own = pipe.unet.config.sample_size  # one number, or height and width
+        own = own[::-1] if isinstance(own, (list, tuple)) else (own, own)
+        width, height = (side or latents * pipe.vae_scale_factor for side, latents in zip(self.size, own, strict=True))
         return [ImageOps.fit(picture, (width, height)) for picture in (self.pictures if pictures is None else pictures)]
 
 
@@ -114,6 +117,8 @@ def demo_plan(args: argparse.Namespace) -> DemoPlan:
         raise InputError(f"--steps must lie in 1..1000, got {' '.join(map(str, counts))}")
     if not math.isfinite(args.guidance):
         raise InputError(f"--guidance must be a finite number, got {args.guidance}")
+    if args.negative_prompt and args.guidance <= 1:
+        raise InputError(f"--negative_prompt decides nothing at --guidance {args.guidance:g}; pass more than 1, or leave it out")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63-1, got {args.seed}")
     wrong = [side for side in (args.width, args.height) if side is not None and side % 8]
@@ -127,9 +132,10 @@ def demo_plan(args: argparse.Namespace) -> DemoPlan:
         prompts=[args.prompt[i % len(args.prompt)] for i in range(count)],
         seeds=list(range(args.seed, args.seed + count)),
         pictures=[pictures[i % len(pictures)] for i in range(count)] if pictures else [],
-        negative_prompt=args.negative_prompt,
+        negative_prompt=args.usual_negative_prompt if args.negative_prompt is None else args.negative_prompt,
         ratios=args.ratios or list(RATIOS),
         steps=counts[0],
+        counts=counts,
         guidance=args.guidance,
         size=(args.width, args.height),
         max_batch=args.max_batch,
@@ -157,24 +163,30 @@ def read_picture(path: Path) -> Image.Image:
         raise InputError(f"{path} cannot be read as a picture ({first_line(error)}); choose another file") from None
 
 
-def load_part(what: str, source: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (a model)
-    """Call a library's `load` for what comes beside the two models, e.g. a LoRA.
-
-    Raises:
-        InputError: if it is neither here nor to be had from the hub, or does not fit.
-    """
-    try:
-        return load(*args, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"could not load the {what} {source} ({first_line(error)}); pass its folder, or connect to the hub") from None
-
-
 def load_pipeline(loader: Callable[..., DiffusionPipeline], plan: DemoPlan, **how: Any) -> DiffusionPipeline:  # noqa: ANN401
     """The stitched pipeline that a plan asks for, its LoRA in the large U-Net; `loader` is one of `sd.tstitch_sd_utils`, `how` more of its keywords."""
     pipe = loader(plan.large, plan.small, **plan.loading, **how)
+    check_steps(pipe, plan.counts)
     if plan.lora:
-        load_part("LoRA", plan.lora, pipe.load_lora_weights, plan.lora)
+        load_lora(pipe, plan.lora)
     return pipe
+
+
+def check_steps(pipe: DiffusionPipeline, counts: Sequence[int]) -> None:
+    """Refuse, before anything is sampled, numbers of steps that the pipeline's scheduler cannot take.
+
+    Raises:
+        InputError: for the first of them.
+    """
+    scheduler = pipe.scheduler
+    trained = scheduler.config.num_train_timesteps
+    for steps in counts:
+        try:
+            scheduler.set_timesteps(steps)
+        except (ValueError, LookupError, ArithmeticError) as error:
+            raise InputError(f"--steps {steps} is not for {type(scheduler).__name__} ({first_line(error)}); choose another number") from None
+        if scheduler.timesteps.max() > trained - 1:  # an offset moved the first one out of what was trained
+            raise InputError(f"--steps {steps} is too many for {type(scheduler).__name__} with its {trained} timesteps; choose fewer")
 
 
 def sample(pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], *, ratio: float, negative_prompt: str = "", **call: Any) -> Tensor:  # noqa: ANN401
@@ -230,7 +242,7 @@ def run_demo(
         return sample(pipe, plan.prompts[batch], plan.seeds[batch], ratio=ratio, num_inference_steps=steps, **call, **each)
 
     for ratio in (0.0, 1.0):  # the first call of a model prepares kernels, and times are shown
-        pictures(ratio, math.ceil(2 / call.get("strength", 1)), batches[0])
+        pictures(ratio, min(plan.steps, math.ceil(2 / call.get("strength", 1))), batches[0])
     columns, steps, seconds = [], [], []
     with tqdm(desc="sampling", total=len(plan.ratios) * len(plan.seeds), unit="picture") as bar:
         for ratio in plan.ratios:
@@ -264,6 +276,7 @@ def run_demo(
 
 
 def _save(pipe: DiffusionPipeline, plan: DemoPlan, rows: list[Row], columns: list[Pictures], shown: dict[str, Pictures], call: dict[str, Any]) -> None:
+    _forget(plan.folder)
     for row, column in zip(rows, columns, strict=True):
         for name, picture in zip(row.files, column, strict=True):
             save_image(plan.folder / name, picture)
@@ -288,6 +301,19 @@ def _save(pipe: DiffusionPipeline, plan: DemoPlan, rows: list[Row], columns: lis
         "torch": torch.__version__,
     }  # fmt: skip
     write_json(plan.folder / "results.json", record | {"arguments": plan.arguments} | {"rows": [asdict(row) for row in rows]})
+
+
+def _forget(folder: Path) -> None:
+    """Remove the pictures of an earlier run, which its results.json names, and that record."""
+    record = folder / "results.json"
+    try:
+        names = [name for row in read_json(record)["rows"] for name in row["files"]]
+    except (InputError, LookupError, TypeError):  # none, or another tool's
+        return
+    for name in names:
+        if Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+    record.unlink()
 
 
 def controlnet_parser(doc: str | None, *, prompt: str, controlnet: str, save_dir: str) -> argparse.ArgumentParser:

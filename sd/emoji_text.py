@@ -6,6 +6,7 @@ So "red heart", "dog face, twitter style" and "food" are all words that the mode
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from tstitch.checkpoints import first_line
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, read_json
 from tstitch.torchvision_compat import prepare_torchvision
@@ -44,10 +47,14 @@ def read_captions(path: Path, count: int) -> list[Caption]:
     Raises:
         InputError: if the file is missing, a line cannot be used, or there are not `count` lines.
     """
-    if not path.exists():
-        raise InputError(f"no captions at {path}; make them with python assets/emoji/write_captions.py, or pass --captions")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"no captions at {path} ({error.strerror}); make them with python assets/emoji/write_captions.py, or pass --captions") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8; make it again with python assets/emoji/write_captions.py") from None
     captions = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             caption = json.loads(line)
             names, texts = caption["names"], [caption[key] for key in ("skin_tone", "style", "category", "emoji")]
@@ -163,17 +170,20 @@ def _tidy(file: Path) -> None:
 def save_text(folder: Path, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
     """Write folder/tokenizer and folder/text_encoder, in fp16."""
     write_component(tokenizer, folder / "tokenizer")
-    write_component(text_encoder.half(), folder / "text_encoder")
+    write_component(copy.deepcopy(text_encoder).half(), folder / "text_encoder")
 
 
 def load_text(folder: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Read what `save_text` wrote; the encoder in float32.
 
     Raises:
-        InputError: if the folder holds no tokenizer and text encoder.
+        InputError: if the folder holds no tokenizer and text encoder, or damaged ones.
     """
     for needed in (folder / "tokenizer" / "tokenizer.json", folder / "text_encoder" / "model.safetensors"):
         if not needed.exists():
             raise InputError(f"no file {needed}; pass the pipeline folder of a U-Net that was trained with its text encoder")
-    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, local_files_only=True)
-    return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), text_encoder
+    try:
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), text_encoder
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"the tokenizer or text encoder of {folder} is damaged ({first_line(error)}); copy it again, or train it again") from None

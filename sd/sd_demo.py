@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, and fill in what belongs to the large model."""
     parser = demo_parser(__doc__, prompt=None, large="emoji", steps=None, guidance=None, max_batch=None, save_dir="figures/sd")
     add_picture_arg(parser, "start from these pictures, cut to the model's shape, in place of noise alone", required=False)
-    parser.add_argument("--strength", type=float, default=0.7, help="with --image: how much of the trajectory is walked, 0..1; 1 forgets the picture")
+    parser.add_argument("--strength", type=float, help="with --image: how much of the trajectory is walked, 0..1; 1 forgets the picture (default: 0.7)")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="with --image: change only what is white in this picture")
     args = parser.parse_args(argv)
     defaults = BUNDLED if args.large == "emoji" else FETCHED
@@ -55,9 +55,13 @@ def start_from_pictures(pipe: DiffusionPipeline, *, masked: bool) -> DiffusionPi
 def main(argv: list[str] | None = None) -> None:
     """Check, load, sample, save."""
     args = parse_args(argv)
-    plan = demo_plan(args)
     if args.mask and not args.image:
         raise InputError("--mask says what to change in a picture; pass it with --image")
+    if args.strength is not None and not args.image:
+        raise InputError("--strength says how much of a picture is kept; pass it with --image")
+    if args.strength is None and args.image:
+        args.strength = 0.7
+    plan = demo_plan(args)
     if args.image and not (0 < args.strength <= 1 and int(plan.steps * args.strength) >= 1):
         raise InputError(f"--strength {args.strength:g} of {plan.steps} steps is no step; choose more, up to 1")
     masks = [read_picture(args.mask)] * len(plan.pictures) if args.mask else []
@@ -67,7 +71,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     inputs = {"image": plan.fitted(pipe)} | ({"mask_image": plan.fitted(pipe, masks)} if masks else {})
     shown = dict(zip(("picture", "mask"), inputs.values(), strict=False))
-    run_demo(start_from_pictures(pipe, masked=bool(masks)), plan, shown, inputs, strength=args.strength)
+    # An inpainting pipeline asks the U-Net for its size, not the picture.
+    size = dict(zip(("width", "height"), inputs["image"][0].size, strict=True)) if masks else {}
+    run_demo(start_from_pictures(pipe, masked=bool(masks)), plan, shown, inputs, strength=args.strength, **size)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ class EncodedPictures:
         self.bucket_of = torch.tensor([numbers[placement.bucket] for placement in self.placements])
         self._text_models, self._vae = weights_hash(pipe.text_encoder, pipe.text_encoder_2), weights_hash(pipe.vae)
         self._latents = [self._latents_file(k) for k in range(len(pictures))]
-        about = [(picture.file_name, picture.text, placement) for picture, placement in zip(pictures, self.placements, strict=True)]
+        about = [(picture.text, file.name) for picture, file in zip(pictures, self._latents, strict=True)]
         self.index = {"count": len(pictures), "pictures": _hash(about)[:16], "text_encoders": self._text_models, "vae": self._vae}
 
     def __len__(self) -> int:

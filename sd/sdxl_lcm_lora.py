@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     plan = demo_plan(args)
     pipe = load_pipeline(get_tstitch_pipepline_sdxl_lcm_lora, plan, large_lora=args.large_lcm_lora, small_lora=args.small_lcm_lora)
-    for steps in args.steps:
+    for steps in plan.counts:
         ratios = args.ratios or [k / steps for k in range(steps + 1)]
         run_demo(pipe, replace(plan, steps=steps, ratios=ratios, folder=plan.folder / f"steps_{steps}"))
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from PIL import Image
 
-from sd.demo import controlnet_parser, demo_plan, load_part, run_controlnet_demo
+from sd.demo import controlnet_parser, demo_plan, run_controlnet_demo
+from sd.tstitch_sd_utils import load_part
 from tstitch.cli import run
 from tstitch.errors import InputError
 

@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from torch import Tensor, nn
 
 from sd.sdxl_data import Batch, EncodedPictures, Text, draw_bucket_batch
-from sd.tstitch_sd_utils import check_fit, local_folder, read_part, scheduler_config, stitch, unstitch
+from sd.tstitch_sd_utils import check_fit, load_part, local_folder, read_part, scheduler_config, stitch, unstitch
 from tstitch.autoencoder import to_uint8
 from tstitch.errors import InputError
 from tstitch.plots import contact_sheet, save_image
@@ -50,7 +50,7 @@ def load_small(source: str, large: str, pipe: StableDiffusionXLPipeline) -> UNet
     Raises:
         InputError: besides, if it does not fit the U-Net of `large`, whose weights are not needed for that.
     """
-    config = UNet2DConditionModel.load_config(local_folder(large) or large, subfolder="unet")
+    config = load_part("large U-Net of", large, UNet2DConditionModel.load_config, local_folder(large) or large, subfolder="unet")
     unet = read_part(UNet2DConditionModel, source, subfolder="unet", torch_dtype=torch.float32)
     check_fit(SimpleNamespace(unet=SimpleNamespace(config=config), scheduler=pipe.scheduler), unet, scheduler_config(source, None))
     return unet.train().requires_grad_(True)

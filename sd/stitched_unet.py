@@ -9,6 +9,8 @@ scheduler's at the end.
 from __future__ import annotations
 
 import functools
+import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice, repeat
@@ -24,6 +26,12 @@ from tstitch.errors import InputError
 from tstitch.schedule import Leg, StitchSchedule
 
 UNET_OFFLOADS = ("none", "switch")
+
+
+def small_folders(folder: Path) -> list[Path]:
+    """The small U-Nets of a saved pipeline: unet_small, unet_small_2, unet_small_3, ..., the one for the noisiest steps first."""
+    named = [(re.fullmatch(r"unet_small(?:_(\d+))?", path.name), path) for path in folder.glob("unet_small*") if path.is_dir()]
+    return [path for _, path in sorted((int(name[1] or 1), path) for name, path in named if name)]
 
 
 def steps_of_calls(scheduler: SchedulerMixin, num_calls: int) -> list[int]:
@@ -212,13 +220,14 @@ class StitchedUNet(ModelMixin):
         """As any module's; with offload="switch" the weights follow only when they are needed."""
         if self._switch is None:
             return super().to(*args, **kwargs)
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None:
             self._switch.to(device)
-        if dtype is not None:
+        kind = {name: value for name, value in (("dtype", dtype), ("memory_format", memory_format)) if value is not None}
+        if kind:
             self._switch.release()
             for unet in self.unets:
-                unet.to(dtype)
+                unet.to(**kind)
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -232,7 +241,13 @@ class StitchedUNet(ModelMixin):
             unet.compile_repeated_blocks(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # noqa: ANN401
-        """Write the large U-Net to the folder, the others beside it: unet_small, unet_small_2, ..., as `get_tstitch_pipepline` reads them."""
+        """Write the large U-Net to the folder, the others beside it: unet_small, unet_small_2, ..., as `get_tstitch_pipepline` reads them.
+
+        Small U-Nets that an earlier pipeline left beside them are removed, lest they be read as this one's.
+        """
         self.large.save_pretrained(save_directory, **kwargs)
-        for k, unet in enumerate(self.unets[:-1], start=1):
-            unet.save_pretrained(Path(save_directory).with_name("unet_small" if k == 1 else f"unet_small_{k}"), **kwargs)
+        folders = [Path(save_directory).with_name("unet_small" if k == 1 else f"unet_small_{k}") for k in range(1, len(self.unets))]
+        for unet, folder in zip(self.unets, folders, strict=False):
+            unet.save_pretrained(folder, **kwargs)
+        for left in set(small_folders(Path(save_directory).parent)) - set(folders):
+            shutil.rmtree(left)

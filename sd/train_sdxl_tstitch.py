@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,23 +146,23 @@ def create_optimizer(args: argparse.Namespace, model: torch.nn.Module) -> torch.
     return AdamW(model.parameters(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay)
 
 
-def resume_state(args: argparse.Namespace) -> tuple[bool, Callable[[], dict[str, Any]] | None]:
-    """What `fit` shall do with checkpoints of output_dir, and where else a run begins.
+def checkpoint_to_resume(args: argparse.Namespace) -> bool | Path:
+    """What --resume_from_checkpoint means to `fit`: whether to go on from the newest checkpoint of output_dir, or another file.
 
     Raises:
         InputError: if there is no such checkpoint, or output_dir holds later ones.
     """
     wanted = args.resume_from_checkpoint
     if wanted in (None, "latest"):
-        return wanted == "latest", None
+        return wanted == "latest"
     path, own = Path(wanted), checkpoint_files(args.output_dir / "checkpoints")
     if not path.is_file():
         raise InputError(f"no checkpoint {path}; pass one of OUTPUT_DIR/checkpoints/*.pt, or latest")
     if own and own[-1].resolve() == path.resolve():
-        return True, None
+        return True
     if own:
         raise InputError(f"{own[-1]} is not {path}, and a run keeps one history; pass latest, remove that and later files, or choose another --output_dir")
-    return False, lambda: {"source": path, **torch.load(path, map_location="cpu", weights_only=True, mmap=True)}
+    return path
 
 
 def create_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -196,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     """Encode, train, save."""
     args = parse_args(argv)
     curriculum = check_arguments(args)
-    resume, start_from = resume_state(args)
+    resume = checkpoint_to_resume(args)
     buckets = make_buckets(args.resolution, args.bucket_step)
     pictures = read_metadata(args.metadata_file or args.train_data_dir / "metadata.jsonl", args.train_data_dir)
     accelerator = create_accelerator(args)
@@ -236,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         accumulation=args.gradient_accumulation_steps, ema_decay=args.ema_decay, clip_norm=args.max_grad_norm or None, seed=args.seed,
         lr_factor=lambda step: cosine_lr(step, args.max_train_steps, args.lr_warmup_steps, floor=1.0 if args.lr_scheduler == "constant" else 0.0),
         ckpt_every=args.checkpointing_steps, keep=args.checkpoints_total_limit, log_every=args.log_every, evaluate=previews,
-        eval_every=args.validation_every, resume=resume, start_from=start_from,
+        eval_every=args.validation_every, resume=resume,
     )  # fmt: skip
     accelerator.end_training()
     if accelerator.is_main_process:

@@ -86,6 +86,20 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--preview-every must not be negative, got {args.preview_every}")
     if args.pipeline:
         check_folder(args.pipeline)
+        check_pair(args.pipeline, UNETS[args.model][1], args.text_encoder)
+
+
+def check_pair(folder: Path, unet_folder: str, text_encoder: Path | None) -> None:
+    """Refuse a pipeline folder whose other U-Net reads another text encoder than the one that will be written there.
+
+    Raises:
+        InputError: naming the other U-Net.
+    """
+    other = next(name for _, name in UNETS.values() if name != unet_folder)
+    there, used = ((place or folder) / "text_encoder" / "model.safetensors" for place in (folder, text_encoder))
+    kept = text_encoder is not None and there.exists() and used.exists() and file_hash(there) == file_hash(used)
+    if (folder / other).exists() and not kept:
+        raise InputError(f"{folder} holds {other}, whose text encoder would be replaced by another; remove the folder, or choose another --pipeline")
 
 
 def build_unet(channels: tuple[int, ...], latent_shape: tuple[int, ...], text_width: int) -> UNet2DConditionModel:
@@ -125,17 +139,19 @@ def export_pipeline(folder: Path, pipeline: StableDiffusionPipeline, unet_folder
     write_component(pipeline.unet.half(), folder / unet_folder)
     save_text(folder, pipeline.tokenizer, pipeline.text_encoder)
     write_component(pipeline.scheduler, folder / "scheduler")
-    index = {key: value for key, value in pipeline.config.items() if key not in ("vae", "_name_or_path")}
+    missing = {"vae", "_name_or_path"} | ({"unet"} if not (folder / "unet").exists() else set())
+    index = {key: value for key, value in pipeline.config.items() if key not in missing}
     write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__, **index})
 
 
-def draw_previews(model: TextToImage, step: int, *, folder: Path, tokenizer: CLIPTokenizer, autoencoder: Autoencoder) -> dict[str, float]:
-    """Write folder/{step:07d}.png: PREVIEW_PROMPTS, each from its own seed."""
+def draw_previews(model: TextToImage, step: int, *, folder: Path | None, tokenizer: CLIPTokenizer, autoencoder: Autoencoder) -> dict[str, float]:
+    """Write folder/{step:07d}.png: PREVIEW_PROMPTS, each from its own seed; without a folder, as on all processes but the first, nothing."""
     pipeline = model.pipeline(tokenizer, autoencoder.vae)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(PREVIEW_PROMPTS))]
     latents = pipeline(list(PREVIEW_PROMPTS), num_inference_steps=20, guidance_scale=4.0, generator=generators, output_type="latent").images
-    save_image(folder / f"{step:07d}.png", contact_sheet(autoencoder.decode(latents), f"step {step}"))
+    if folder is not None:
+        save_image(folder / f"{step:07d}.png", contact_sheet(autoencoder.decode(latents), f"step {step}"))
     return {}
 
 
@@ -200,7 +216,8 @@ def preview(args: argparse.Namespace, plan: TrainingPlan, tokenizer: CLIPTokeniz
         return None
     autoencoder = Autoencoder(args.vae, plan.accelerator.device)
     check_vae(plan.data, autoencoder.source)
-    return partial(draw_previews, folder=args.results_dir / "previews", tokenizer=tokenizer, autoencoder=autoencoder)
+    folder = args.results_dir / "previews" if plan.accelerator.is_main_process else None
+    return partial(draw_previews, folder=folder, tokenizer=tokenizer, autoencoder=autoencoder)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils.torch_utils import is_compiled_module
+from safetensors import SafetensorError
 from torch import nn
 
-from sd.stitched_unet import UNET_OFFLOADS, StitchedUNet
+from sd.stitched_unet import UNET_OFFLOADS, StitchedUNet, small_folders
 from tstitch.checkpoints import first_line
 from tstitch.cli import parse_device
 from tstitch.errors import InputError
@@ -41,6 +42,7 @@ from tstitch.schedule import StitchSchedule
 Ratio = float | Sequence[float] | StitchSchedule
 Source = str | Path
 OFFLOADS = (*UNET_OFFLOADS, "model")
+ADAPTER = "lora"  # peft's name for the one that `load_lora` puts into a U-Net
 
 # The published pairs.
 LARGE_SD, SMALL_SD = "Envvi/Inkpunk-Diffusion", "nota-ai/bk-sdm-tiny"
@@ -69,22 +71,28 @@ def stitch(
     """Give a pipeline a small U-Net for its first steps, in place.
 
     The call then takes `unet_s_ratio`: the small U-Net's share of the call's own steps in [0, 1], the rest is the large one's (default 0: as before). With more
-    U-Nets it is a list of fractions, the noisiest part first, or any StitchSchedule. A keyword that the pipeline does not know is a TypeError.
+    U-Nets it is a list of fractions, the noisiest part first, or a StitchSchedule that counts steps. An unknown keyword is a TypeError.
 
     Args:
         pipe: a pipeline with a U-Net, the large one.
         small: the small U-Net, or a pipeline that holds it; or several, the one for the noisiest steps first. They move to the large one's device and number
-            type. None takes over the U-Nets of another stitched pipeline, whose components `pipe` was made of.
+            type. None takes over the U-Nets of another stitched pipeline, whose components `pipe` was made of, with their offload.
         offload: "none", or "switch": only the running U-Net lies on the accelerator, and the next is fetched meanwhile.
         small_scheduler: a scheduler of the small U-Net, or its config, if known: how it was trained is compared, its prediction type first of all.
 
     Raises:
-        InputError: if the U-Nets do not fit each other, naming the values that differ, or the pipeline has no U-Net.
+        InputError: if the U-Nets do not fit each other, naming the values that differ, or the pipeline has no U-Net, or its weights lie on no device.
     """
     if getattr(pipe, "unet", None) is None or getattr(pipe, "scheduler", None) is None:
         raise InputError(f"{type(pipe).__name__} has no U-Net and scheduler of its own to stitch; choose a pipeline that calls pipe.unet")
+    if any(parameter.is_meta for parameter in pipe.unet.parameters()):
+        raise InputError("the U-Net's weights lie on no device, as after enable_sequential_cpu_offload; stitch first, then offload")
     if small is None:
         unet = stitched_unet(pipe)
+        if offload != "none" or small_scheduler is not None:
+            raise InputError("stitch(pipe) takes over U-Nets as they are; pass offload and small_scheduler where they are first stitched")
+        for other in unet.unets[:-1]:
+            check_fit(pipe, other)  # the first pipeline may have had no ControlNet
     else:
         held, device = _uncompiled(pipe.unet), pipe.unet.device
         large = held.large if isinstance(held, StitchedUNet) else pipe.unet
@@ -200,9 +208,11 @@ def read_ratio(ratio: Ratio, num_unets: int) -> StitchSchedule:
 
     Raises:
         TypeError: if it is neither a number, a list of numbers nor a schedule.
-        InputError: if a share is outside [0, 1], they do not sum to 1, or their number is not that of the U-Nets.
+        InputError: if a share is outside [0, 1], they do not sum to 1, their number is not that of the U-Nets, or a schedule does not count steps.
     """
     if isinstance(ratio, StitchSchedule):
+        if ratio.switch_by != "step":
+            raise InputError(f"unet_s_ratio counts the steps of the call, not {ratio.switch_by}; pass a schedule with switch_by='step'")
         return ratio
     if isinstance(ratio, numbers.Real):
         StitchSchedule.from_ratio(ratio)  # its words for what is outside [0, 1]
@@ -245,13 +255,15 @@ def load_stitched(
 
     Raises:
         TypeError: if the pipeline's class does not know one of `parts`.
-        InputError: if a model is neither here nor to be had from the hub, the U-Nets do not fit each other, or the device is not there.
+        InputError: if the large model is of the other family, a model is neither here nor to be had from the hub, the U-Nets do not fit each other, or the
+            device is not there.
     """
     unknown = [name for name in parts if name not in inspect.signature(kind.__init__).parameters]
     if unknown:  # from_pretrained would only warn
         raise TypeError(f"{kind.__name__} has no argument '{unknown[0]}'")
     if offload not in OFFLOADS:
         raise InputError(f"unknown offload '{offload}'; choose from {', '.join(OFFLOADS)}")
+    _check_family(kind, large, cache_dir)
     device = parse_device(str(device))
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
     how = {"torch_dtype": dtype, "cache_dir": cache_dir, "variant": variant or ("fp16" if dtype == torch.float16 else None)}
@@ -270,6 +282,18 @@ def load_stitched(
     return pipe.to(device)
 
 
+def _check_family(kind: type[DiffusionPipeline], large: Source, cache_dir: Source | None) -> None:
+    """Refuse SDXL where Stable Diffusion is read, and the other way round; what cannot be read is left to `read_part`."""
+    try:
+        found = kind.load_config(local_folder(large) or large, cache_dir=cache_dir)["_class_name"]
+    except (OSError, ValueError, KeyError):
+        return
+    is_sdxl = "XL" in found
+    if is_sdxl != ("XL" in kind.__name__):
+        script, loader = ("sdxl_demo", "get_tstitch_pipepline_sdxl") if is_sdxl else ("sd_demo", "get_tstitch_pipepline")
+        raise InputError(f"{large} is a {found}, not a {kind.__name__}; use sd/{script}.py or {loader} for it")
+
+
 def read_part(cls: type, source: Source, *, variant: str | None = None, subfolder: str | None = None, **how: Any) -> Any:  # noqa: ANN401  (a `cls`)
     """`cls.from_pretrained` for hub names and folders; a model that lacks the variant is read without."""
     folder = local_folder(source)
@@ -279,7 +303,7 @@ def read_part(cls: type, source: Source, *, variant: str | None = None, subfolde
     for attempt in dict.fromkeys([variant, None]):
         try:
             return cls.from_pretrained(folder or source, variant=attempt, **place, **how)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             reason = first_line(error)
     raise InputError(f"could not load {source} ({reason}); pass a folder in diffusers format, or connect to the hub")
 
@@ -308,7 +332,7 @@ def scheduler_config(source: Source, cache_dir: Source | None) -> Mapping[str, A
 
 def _small_of(large: Source, published: str) -> list[Source]:
     """The small U-Nets that a stitched pipeline was saved with, else the published one."""
-    return sorted(Path(large).glob("unet_small*")) or [published]
+    return small_folders(Path(large).expanduser()) or [published]
 
 
 def get_tstitch_pipepline(large_sd: Source = LARGE_SD, small_sd: Source | None = None, **how: Any) -> DiffusionPipeline:  # noqa: ANN401
@@ -352,26 +376,58 @@ def get_tstitch_pipepline_sdxl_lcm_lora(
     """Load a stitched SDXL pipeline for 2 to 8 steps: an LCM-LoRA merged into each U-Net, and the LCM scheduler; arguments as of `get_tstitch_pipepline`.
 
     Raises:
-        InputError: besides, if a LoRA is not to be had, or peft is not installed.
+        InputError: besides, if a LoRA is not to be had or does not fit, there are several small U-Nets, or peft is not installed.
     """
-    pipe = get_tstitch_pipepline_sdxl(large_sd, small_sd, **how)
+    small = small_sd or _small_of(large_sd, SMALL_SDXL)
+    if not isinstance(small, (str, Path)) and len(small) > 1:
+        raise InputError(f"there are two LoRAs, for a small and a large U-Net, but {len(small)} small U-Nets; pass one")
+    pipe = get_tstitch_pipepline_sdxl(large_sd, small, **how)
     unet = stitched_unet(pipe)
     for part, source in ((unet.unets[0], small_lora), (unet.large, large_lora)):
-        _merge_lora(pipe, part, source, how.get("cache_dir"))
+        load_lora(pipe, source, part, hub_file="pytorch_lora_weights.safetensors", cache_dir=how.get("cache_dir"))
+        part.fuse_lora()
+        part.unload_lora()
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     return pipe
 
 
-def _merge_lora(pipe: DiffusionPipeline, unet: nn.Module, source: Source, cache_dir: Source | None) -> None:
+def load_lora(
+    pipe: DiffusionPipeline, source: Source, unet: nn.Module | None = None, *, hub_file: str | None = None, cache_dir: Source | None = None
+) -> None:  # fmt: skip
+    """Put a LoRA into one U-Net of a stitched pipeline; where none is named, into the large one and the text encoders.
+
+    Args:
+        source: a file, a folder or a hub name.
+        hub_file: its file on the hub; None: the hub is asked.
+
+    Raises:
+        InputError: if it is not to be had, does not fit the U-Net or has nothing for it, or peft is not installed.
+    """
     file = Path(source).expanduser()
-    folder, name = (file.parent, file.name) if file.is_file() else (local_folder(source) or source, "pytorch_lora_weights.safetensors")
+    place, name = (file.parent, file.name) if file.is_file() else (file, None) if file.is_dir() else (source, hub_file)
+
+    def load() -> None:
+        if unet is None:
+            pipe.load_lora_weights(str(place), weight_name=name, adapter_name=ADAPTER, cache_dir=cache_dir)
+        else:
+            weights, alphas = pipe.lora_state_dict(str(place), weight_name=name, unet_config=unet.config, cache_dir=cache_dir)
+            pipe.load_lora_into_unet(weights, network_alphas=alphas, unet=unet, adapter_name=ADAPTER)
+
+    load_part("LoRA", source, load)
+    if ADAPTER not in getattr(unet or stitched_unet(pipe).large, "peft_config", {}):  # diffusers only warns
+        raise InputError(f"the LoRA {source} has no weights for a U-Net; choose one that was trained for this model's")
+
+
+def load_part(what: str, source: Source, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (a model)
+    """Call a library's `load` for what comes beside the two models, e.g. a LoRA.
+
+    Raises:
+        InputError: if it is neither here nor to be had from the hub, or does not fit.
+    """
     try:
-        weights, alphas = pipe.lora_state_dict(str(folder), weight_name=name, unet_config=unet.config, cache_dir=cache_dir)
-        pipe.load_lora_into_unet(weights, network_alphas=alphas, unet=unet, adapter_name="lcm")
-    except (OSError, ValueError) as error:
-        raise InputError(f"could not load the LoRA {source} ({first_line(error)}); pass its file or folder, or connect to the hub") from None
-    unet.fuse_lora(adapter_names=["lcm"])
-    unet.unload_lora()
+        return load(*args, **kwargs)
+    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
+        raise InputError(f"could not load the {what} {source} ({first_line(error)}); pass its folder, or connect to the hub") from None
 
 
 # The same names, spelled correctly.

@@ -18,7 +18,7 @@ from sd_tiny import save_tiny_pair, tiny_controlnet, tiny_sd, tiny_unet
 from torch import Tensor
 
 from sd import sd_demo, sdxl_canny, sdxl_demo, sdxl_depth, sdxl_lcm_lora, sdxl_pose, tstitch_sd_utils
-from sd.demo import read_picture
+from sd.demo import demo_plan, read_picture
 from sd.tstitch_sd_utils import stitch
 from tstitch.cli import run
 from tstitch.presets import ROOT
@@ -168,6 +168,38 @@ def test_inpainting_sees_the_mask(models: Path, tmp_path: Path) -> None:
     assert difference[:12].mean() > 3 * difference[24:].mean()  # what is black in the mask comes from the picture, whoever samples
 
 
+def test_inpainting_makes_pictures_of_the_size_that_is_asked_for(models: Path, tmp_path: Path) -> None:
+    Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
+    words = [*pair(models), "--prompt", "red heart", "--image", str(models / "a.png"), "--mask", str(tmp_path / "mask.png"), "--height", "48", "--width", "64"]
+    sd_demo.main([*words, "--ratios", "0.5", "--steps", "2", "--device", "cpu", "--save_dir", str(tmp_path / "out")])
+    assert results(tmp_path / "out")["settings"]["size"] == [64, 48] and picture(tmp_path / "out", "00_ratio_0.5.png").shape == (48, 64, 3)
+
+
+def test_pictures_are_fitted_to_a_u_net_that_is_not_square(models: Path) -> None:
+    pipe = tiny_sd()
+    pipe.unet.register_to_config(sample_size=[8, 12])
+    plan = demo_plan(sd_demo.parse_args([*pair(models), "--image", str(models / "a.png"), "--device", "cpu"]))
+    assert [fitted.size for fitted in plan.fitted(pipe)] == [(48, 32)]
+
+
+def test_a_second_run_leaves_no_pictures_of_the_first(models: Path, tmp_path: Path) -> None:
+    words = [*pair(models), "--steps", "1", "--device", "cpu", "--save_dir", str(tmp_path)]
+    sd_demo.main([*words, *TWO, "--ratios", "0", "1"])
+    (tmp_path / "mine.png").write_bytes(b"")
+    sd_demo.main([*words, "--prompt", "red heart", "--ratios", "0"])
+    assert {path.name for path in tmp_path.iterdir()} == {"00_ratio_0.png", "grid.png", "results.json", "mine.png"}
+
+
+def test_steps_that_a_scheduler_cannot_take_are_refused_before_any_picture(models: Path, tmp_path: Path) -> None:
+    for folder, unet in (("large_lora", tiny_unet(xl=True)), ("small_lora", tiny_unet(1, width=8, xl=True))):
+        save_lora(tmp_path / folder, unet)
+    loras = ["--large_lcm_lora", str(tmp_path / "large_lora"), "--small_lcm_lora", str(tmp_path / "small_lora")]
+    words = ["--device", "cpu", "--save_dir", str(tmp_path / "out")]
+    assert "--steps 60 is not for LCMScheduler" in refusal(lambda: sdxl_lcm_lora.main([*pair(models, "xl"), *loras, *words, "--steps", "2", "60"]))
+    assert "--steps 1000 is too many for DDIMScheduler" in refusal(lambda: sd_demo.main([*pair(models), *words, "--steps", "1000"]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_lora_goes_to_the_large_model_alone(models: Path, tmp_path: Path) -> None:
     save_lora(tmp_path / "lora", tiny_unet(xl=True))
     words = [*pair(models, "xl"), *QUICK, "--prompt", "red heart", "--negative_prompt", ""]
@@ -309,6 +341,9 @@ BAD_INPUT = {
     "unreadable picture": (["--image", str(ROOT / "Makefile")], "cannot be read as a picture"),
     "mask alone": (["--mask", "mask.png"], "pass it with --image"),
     "strength": (["--image", "{models}/a.png", "--strength", "0.1"], "is no step"),
+    "strength alone": (["--strength", "0.5"], "pass it with --image"),
+    "a negative prompt without guidance": (["--negative_prompt", "blue", "--guidance", "1"], "decides nothing at --guidance 1"),
+    "another family of models": (["--large", "{models}/xl/large"], "is a StableDiffusionXLPipeline, not a StableDiffusionPipeline; use sd/sdxl_demo.py"),
     "missing folder": (["--large", "./nowhere"], "no folder ./nowhere"),
     "folder without a model": (["--large", "{models}"], "could not load"),
     "small folder without a model": (["--small", "{models}"], "could not load"),

@@ -19,6 +19,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -28,13 +29,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sd_tiny import BETAS, save_tiny_pair, tiny_controlnet, tiny_lcm, tiny_sd, tiny_sd_controlnet, tiny_sdxl, tiny_sdxl_controlnet, tiny_unet, tiny_vae
 from torch import Tensor, nn
 
 from sd import tstitch_sd_utils
 from sd.offload import Switch
-from sd.stitched_unet import steps_of_calls
+from sd.stitched_unet import small_folders, steps_of_calls
 from sd.tstitch_sd_utils import (
     get_tstitch_pipepline,
     get_tstitch_pipepline_sdxl,
@@ -190,6 +191,12 @@ def test_a_ratio_that_makes_no_shares_is_a_value_error(pipe, ratio):
     draw(pipe, unet_s_ratio=0.5)
 
 
+@pytest.mark.parametrize("schedule", [StitchSchedule.from_ratio(0.5, "t"), StitchSchedule.from_thresholds([3.0])])
+def test_a_schedule_that_does_not_count_steps_is_refused(pipe, schedule):
+    with pytest.raises(InputError, match=f"not {schedule.switch_by}; pass a schedule with switch_by='step'"):
+        draw(pipe, unet_s_ratio=schedule)
+
+
 @pytest.mark.parametrize("ratio", ["0.4", None, [0.5, "0.5"]])
 def test_a_ratio_that_is_no_number_is_a_type_error(pipe, ratio):
     with pytest.raises(TypeError, match="unet_s_ratio"):
@@ -331,6 +338,14 @@ def test_stitched_u_nets_do_not_guess_where_they_are(pipe):
     assert image_to_image.unet.legs == [Leg(0, 0, 3), Leg(1, 3, 6)]
     with pytest.raises(InputError, match="not stitched"):
         stitch(tiny_sd())
+    with pytest.raises(InputError, match="offload and small_scheduler where they are first stitched"):
+        stitch(image_to_image, offload="switch")
+
+
+def test_a_pipeline_of_a_stitched_ones_components_may_ask_more_of_its_u_nets(pipe):
+    controlled = StableDiffusionControlNetPipeline(**pipe.components, controlnet=tiny_controlnet(), requires_safety_checker=False)
+    with pytest.raises(InputError, match=r"block_out_channels is \[16, 32\] in the large one and \[8, 16\]"):
+        stitch(controlled)
 
 
 class StrayingPipeline(StableDiffusionPipeline):
@@ -497,10 +512,25 @@ def test_results_do_not_depend_on_the_offload_mode(offload, order):
         pipe.enable_model_cpu_offload(device="cpu")
     for _ in range(2):
         assert torch.equal(draw(pipe, unet_s_ratio=0.5), plain)
-    assert hasattr(pipe.unet, "_hf_hook")
+    assert "_hf_hook" in vars(pipe.unet)
     unstitch(pipe)
-    assert hasattr(pipe.unet, "_hf_hook"), "what was enabled stays enabled"
+    assert "_hf_hook" in vars(pipe.unet), "what was enabled stays enabled"
     assert torch.equal(draw(pipe), draw(tiny_sd()))
+
+
+def test_a_pipeline_whose_weights_were_sent_away_is_refused():
+    pipe = tiny_sd()
+    with torch.device("meta"):
+        pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config)  # as enable_sequential_cpu_offload leaves it
+    with pytest.raises(InputError, match="stitch first, then offload"):
+        stitch(pipe, small_sd())
+
+
+@pytest.mark.parametrize("offload", ["none", "switch"])
+def test_the_memory_format_reaches_each_u_net(offload):
+    pipe = stitch(tiny_sd(), small_sd(), offload=offload)
+    pipe.unet.to(memory_format=torch.channels_last)
+    assert all(unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last) for unet in pipe.unet.unets)
 
 
 def test_an_unknown_offload_is_refused_before_anything_changes():
@@ -557,6 +587,23 @@ def test_three_u_nets_are_saved_and_read_in_their_order(tmp_path):
     loaded.set_progress_bar_config(disable=True)
     fractions = [0.5, 0.25, 0.25]
     assert torch.equal(draw(loaded, unet_s_ratio=fractions), draw(pipe, unet_s_ratio=fractions))
+
+
+def test_a_saved_pipeline_has_the_small_u_nets_of_the_last_one_that_was_saved_there(tmp_path, monkeypatch):
+    stitch(tiny_sd(), [small_sd(), tiny_unet(2, width=12)]).save_pretrained(tmp_path / "pair")
+    stitch(tiny_sd(), small_sd()).save_pretrained(tmp_path / "pair")
+    for name in ("unet_small_old", "unet_small_10"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in small_folders(tmp_path / "pair")] == ["unet_small"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(get_tstitch_pipepline("~/pair", device="cpu").unet.unets) == 2
+
+
+def test_small_u_nets_are_read_in_the_order_of_their_numbers(tmp_path):
+    names = ["unet_small", *(f"unet_small_{k}" for k in range(2, 12))]
+    for name in [*names, "unet_small_old", "unet_smaller"]:
+        (tmp_path / name).mkdir()
+    assert [path.name for path in small_folders(tmp_path)] == names
 
 
 def lora(folder: Path, unet: UNet2DConditionModel, kind: type[DiffusionPipeline] = StableDiffusionPipeline) -> str:
@@ -722,6 +769,37 @@ def test_each_u_net_gets_its_own_lcm_lora_and_the_pipeline_the_lcm_scheduler(tmp
             alone.load_lora_weights(loras["large_lora"])
         torch.testing.assert_close(latents, draw(alone, steps=4, guidance_scale=0, unet_s_ratio=ratio), atol=1e-3, rtol=1e-3)
     assert not [name for name, _ in pipe.unet.named_parameters() if "lora" in name], "merged"
+
+
+def test_a_lora_that_a_u_net_cannot_take_is_refused(tmp_path):
+    large, small = save_tiny_pair(tmp_path, xl=True)
+    loras = {
+        "large_lora": lora(tmp_path / "large-lora", tiny_unet(xl=True), StableDiffusionXLPipeline),
+        "small_lora": lora(tmp_path / "small-lora", small_xl(), StableDiffusionXLPipeline),
+    }
+    with pytest.raises(InputError, match="could not load the LoRA .*large-lora"):  # of other widths
+        get_tstitch_pipepline_sdxl_lcm_lora(large, small, **loras | {"small_lora": loras["large_lora"]}, device="cpu")
+    (tmp_path / "words").mkdir()
+    weights = {name.replace("unet.", "text_encoder.", 1): value for name, value in load_file(tmp_path / "small-lora/pytorch_lora_weights.safetensors").items()}
+    save_file(weights, tmp_path / "words/pytorch_lora_weights.safetensors")
+    with pytest.raises(InputError, match="words has no weights for a U-Net"):
+        get_tstitch_pipepline_sdxl_lcm_lora(large, small, **loras | {"small_lora": tmp_path / "words"}, device="cpu")
+    with pytest.raises(InputError, match="2 small U-Nets; pass one"):
+        get_tstitch_pipepline_sdxl_lcm_lora(large, [small, small], **loras, device="cpu")
+
+
+def test_models_of_the_other_family_are_sent_to_the_right_script(tmp_path):
+    large, small = save_tiny_pair(tmp_path)
+    with pytest.raises(InputError, match="is a StableDiffusionPipeline, not a StableDiffusionXLPipeline; use sd/sd_demo.py"):
+        get_tstitch_pipepline_sdxl(large, small, device="cpu")
+
+
+def test_a_truncated_text_encoder_is_one_sentence(tmp_path):
+    large, small = save_tiny_pair(tmp_path)
+    file = large / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(InputError, match="could not load .*large"):
+        get_tstitch_pipepline(large, small, device="cpu")
 
 
 def test_the_correct_spelling_is_the_same_function():

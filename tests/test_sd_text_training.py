@@ -129,10 +129,20 @@ def test_each_training_drawing_has_the_caption_of_its_own_name_and_style(package
         write_captions.main([*options, *packages])
 
 
+def test_names_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    for content in (b"{", b"[]", b'{"x": {}}'):
+        with pytest.raises(InputError, match="no readable package unicode-emoji-json"):
+            write_captions.read_names(npm_package(tmp_path / "names.tgz", {"data-by-emoji.json": content}))
+
+
 def test_bad_captions_are_refused_by_line(features: Path, tmp_path: Path) -> None:
     lines = (features / "captions.jsonl").read_text().splitlines()
     file = tmp_path / "captions.jsonl"
-    with pytest.raises(InputError, match="write_captions"):
+    for path in (file, tmp_path):
+        with pytest.raises(InputError, match="write_captions"):
+            read_captions(path, COUNT)
+    file.write_bytes(b"\xff")
+    with pytest.raises(InputError, match="not UTF-8"):
         read_captions(file, COUNT)
     file.write_text("\n".join([lines[0], '{"names": []}', *lines[2:]]))
     with pytest.raises(InputError, match="line 2"):
@@ -180,7 +190,9 @@ def test_one_emoji_has_one_number_in_all_its_drawings(features: Path) -> None:
 def test_the_tokenizer_reads_offline_what_it_wrote(features: Path, tmp_path: Path) -> None:
     texts = vocabulary_texts(read_captions(features / "captions.jsonl", COUNT))
     tokenizer = build_tokenizer(texts)
-    save_text(tmp_path, tokenizer, build_text_encoder(tokenizer))
+    written = build_text_encoder(tokenizer)
+    save_text(tmp_path, tokenizer, written)
+    assert written.dtype == torch.float32, "the caller's stays as it is"
     read, encoder = load_text(tmp_path)
     unknown = ["", "zebra Crossing 42!", "\u6f22\u5b57 \U0001f600", "word " * 100]
     assert torch.equal(token_ids(read, [*texts, *unknown]), token_ids(tokenizer, [*texts, *unknown]))
@@ -190,6 +202,10 @@ def test_the_tokenizer_reads_offline_what_it_wrote(features: Path, tmp_path: Pat
     assert "/" not in (tmp_path / "tokenizer" / "tokenizer_config.json").read_text()
     with pytest.raises(InputError, match="tokenizer.json"):
         load_text(tmp_path / "nowhere")
+    weights = tmp_path / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="is damaged"):
+        load_text(tmp_path)
 
 
 def test_the_loss_falls(features: Path, tmp_path: Path) -> None:
@@ -230,6 +246,22 @@ def test_the_first_run_trains_the_text_encoder_and_ships_its_average(pair: tuple
     torch.manual_seed(0)
     untrained = build_text_encoder(build_tokenizer(vocabulary_texts(read_captions(features / "captions.jsonl", COUNT)))).state_dict()
     assert all(not torch.equal(untrained[name].half().float(), value) for name, value in state.items() if name.endswith(".weight"))
+
+
+def test_a_u_net_is_not_written_beside_one_that_reads_another_text_encoder(pair: tuple[Path, Path], features: Path, tmp_path: Path) -> None:
+    runs, folder = pair
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="holds unet_small, whose text encoder would be replaced"):
+        train.main(arguments(features, tmp_path / "large", 1, "--model", "emoji-large", "--pipeline", str(folder)))
+    with pytest.raises(InputError, match="holds unet, whose text encoder would be replaced"):
+        train.main(arguments(features, tmp_path / "small", 1, "--pipeline", str(folder)))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_index_names_the_large_u_net_only_where_it_is(pair: tuple[Path, Path]) -> None:
+    runs, folder = pair
+    assert "unet" in json.loads((folder / "model_index.json").read_text())
+    assert "unet" not in json.loads((runs / "again" / "model_index.json").read_text())
 
 
 @pytest.mark.parametrize("unet", ["unet", "unet_small"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -391,6 +392,45 @@ def test_a_run_may_go_on_from_a_checkpoint_of_another_folder_and_keeps_one_histo
         train_sdxl_tstitch.main([*words, "--ratio", "0.5", "--resume_from_checkpoint", "latest"])
     train_sdxl_tstitch.main([*words, "--resume_from_checkpoint", str(tmp_path / "run" / "checkpoints" / "0000008.pt"), "--max_train_steps", "10"])
     assert checkpoint_files(tmp_path / "run" / "checkpoints")[-1].stem == "0000010"
+
+
+def test_a_checkpoint_of_another_run_or_of_none_is_refused(words: list[str], tmp_path: Path) -> None:
+    words = [*words, "--train_batch_size", "1"]
+    train_sdxl_tstitch.main([*words, "--max_train_steps", "4"])
+    fourth, damaged, other = (tmp_path / name for name in ("run/checkpoints/0000004.pt", "damaged.pt", "other.pt"))
+    damaged.write_bytes(fourth.read_bytes()[:5000])
+    torch.save({"state_dict": {}}, other)
+    new = [*words, "--output_dir", str(tmp_path / "new"), "--resume_from_checkpoint"]
+    for more, complaint in (
+        ([str(fourth), "--max_train_steps", "2"], "is at step 4 already"),
+        ([str(fourth), "--max_train_steps", "6", "--ratio", "0.9"], "ratio=0.4"),
+        ([str(damaged), "--max_train_steps", "6"], "damaged.pt is damaged"),
+        ([str(other), "--max_train_steps", "6"], "other.pt is damaged or another trainer's; pass another checkpoint"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            train_sdxl_tstitch.main([*new, *more])
+    assert not (tmp_path / "new" / "unet_small").exists() and not (tmp_path / "new" / "config.json").exists()
+
+
+def test_a_run_goes_on_only_with_the_same_pictures(pictures: Path, tmp_path: Path) -> None:
+    for path in pictures.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def index() -> dict:
+        return EncodedPictures(read_metadata(tmp_path / "metadata.jsonl", tmp_path), tiny_sdxl(), tmp_path, make_buckets(32, 8)).index
+
+    before = index()
+    assert index() == before
+    with Image.open(tmp_path / "0.png") as picture:
+        changed = picture.point(lambda value: 255 - value)
+    changed.save(tmp_path / "0.png")
+    assert index() != before
+
+
+def test_a_pipeline_without_its_u_net_is_one_sentence(words: list[str], models: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(models[0], tmp_path / "large", ignore=shutil.ignore_patterns("unet"))
+    with pytest.raises(InputError, match="could not load the large U-Net of .*large"):
+        train_sdxl_tstitch.main([*words, "--pretrained_model_name_or_path", str(tmp_path / "large")])
 
 
 def test_validation_pictures_are_stitched_at_the_current_ratio(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,7 +184,7 @@ def fit(
     log_every: int = 50,
     evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
     eval_every: int = 0,
-    resume: bool = True,
+    resume: bool | Path = True,
     start_from: Callable[[], dict[str, Any]] | None = None,
 ) -> dict[str, Tensor]:
     """Train `model` to `max_steps`; a run that was killed goes on from its newest checkpoint.
@@ -201,7 +201,7 @@ def fit(
         lr_factor: factor on the optimizer's learning rate for a step.
         clip_norm: largest gradient norm, None for no clipping.
         evaluate: called by every process as evaluate(model that holds the EMA, in eval mode, step) after each `eval_every` steps; what it returns is logged.
-        resume: False starts anew and refuses a folder that already holds checkpoints.
+        resume: False starts anew and refuses a folder that already holds checkpoints; a file is the checkpoint to go on from, of the same config.
         start_from: where a new run begins, called then: gives {"source", "model", "ema", "opt"}, a file and what another trainer wrote there; "ema" and
             "opt" may be missing.
 
@@ -339,23 +339,27 @@ def _restore(
     return prepared, optimizer, ema
 
 
-def _resumable_state(checkpoints: Path, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-    """Newest checkpoint of this run, or None at its start."""
+def _resumable_state(checkpoints: Path, config: dict[str, Any], resume: bool | Path) -> dict[str, Any] | None:
+    """The checkpoint from which a run goes on: the newest of its folder, or the file that `resume` is; None at its start."""
     files = checkpoint_files(checkpoints) if checkpoints.is_dir() else []
+    instead = "choose another --results-dir"
+    if isinstance(resume, Path):
+        files, checkpoints, instead = [resume], resume, "pass another checkpoint"
     if not files:
         return None
     if not resume:
         raise InputError(f"{checkpoints} already holds {len(files)} checkpoints; continue them with --autoresume or choose another --results-dir")
     try:
         state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True)
-        began, step = dict(state["args"]), state["step"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError):
-        raise InputError(f"{files[-1]} is damaged or another trainer's; remove it, or pass it with --load-ckpt and choose another --results-dir") from None
+        began, step, _ = dict(state["args"]), state["step"], state["model"].keys() | state["opt"].keys()
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, AttributeError):
+        remedy = instead if isinstance(resume, Path) else f"remove it, or pass it with --load-ckpt and {instead}"
+        raise InputError(f"{files[-1]} is damaged or another trainer's; {remedy}") from None
     growing = {"max_steps"} if config.get("lr_schedule") == "constant" else set()
     changed = sorted(k for k in (config.keys() | began.keys()) - growing if config.get(k) != began.get(k))
     if changed:
         was = ", ".join(f"{k}={began.get(k)!r:.100}" for k in changed)
-        raise InputError(f"{checkpoints} was begun with {was}; pass the same values or choose another --results-dir")
+        raise InputError(f"{checkpoints} was begun with {was}; pass the same values or {instead}")
     if step > config["max_steps"]:
-        raise InputError(f"{checkpoints} is at step {step} already; pass a larger --max-steps or choose another --results-dir")
-    return state
+        raise InputError(f"{checkpoints} is at step {step} already; pass a larger --max-steps or {instead}")
+    return {"source": files[-1], **state}

@@ -55,9 +55,9 @@ def read_names(tarball: Path) -> dict[str, str]:
     try:
         with tarfile.open(tarball) as archive:
             names = json.load(archive.extractfile("package/data-by-emoji.json"))
-    except (OSError, EOFError, KeyError, tarfile.TarError) as error:
+        return {code_points(emoji): entry["name"] for emoji, entry in names.items()}
+    except (OSError, EOFError, LookupError, TypeError, AttributeError, ValueError, tarfile.TarError) as error:
         raise InputError(f"{tarball} is no readable package unicode-emoji-json ({error}); fetch it again") from None
-    return {code_points(emoji): entry["name"] for emoji, entry in names.items()}
 
 
 def describe(variant: Variant, style: str, unicode_names: dict[str, str]) -> dict[str, object]:
