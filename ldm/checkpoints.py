@@ -191,15 +191,30 @@ def read_ldm_first_stage(path: str | Path) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.startswith("loss.")}
 
 
-def learned_null_label(path: str | Path, num_classes: int) -> bool:
-    """Whether the class embedders of a LatentDiffusion file have a row more than classes; `num_classes` counts where the file does not say it.
+@dataclass(frozen=True)
+class LDMFacts:
+    """What sampling must know of a LatentDiffusion file before its networks are made.
+
+    Args:
+        has_null_label: its class embedders have a row more than classes.
+        scale_factor: what its latents are multiplied by, where the file says it: a model that was trained with `scale_by_std` does.
+    """
+
+    has_null_label: bool
+    scale_factor: float | None
+
+
+def read_ldm_facts(path: str | Path, num_classes: int) -> LDMFacts:
+    """Look into a LatentDiffusion file; `num_classes` counts where the file does not say it.
 
     Raises:
         InputError: as `read_ldm`.
     """
     file = read_checkpoint(path)
-    embedders = LDMCheckpoint.from_state_dict(file.state(), path).embedders
-    return all(len(table["embedding.weight"]) > file.config.get("num_classes", num_classes) for table in embedders)
+    parts = LDMCheckpoint.from_state_dict(file.state(), path)
+    null = all(len(table["embedding.weight"]) > file.config.get("num_classes", num_classes) for table in parts.embedders)
+    scale = parts.buffers.get("scale_factor")
+    return LDMFacts(null, None if scale is None else float(scale))
 
 
 def load_ldm_denoisers(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ldm.autoencoder import find, first_stage_source
-from ldm.checkpoints import learned_null_label, load_ldm_denoisers
+from ldm.checkpoints import load_ldm_denoisers, read_ldm_facts
 from ldm.config import LDMConfig, read_model, read_yaml
 from ldm.denoiser import LatentDenoiser
 from ldm.networks import build_ldm_first_stage
@@ -66,18 +66,31 @@ def ldm_plan(args: argparse.Namespace, fid: bool = False, each: int = 1) -> tupl
     if args.num_images is None and not fid:
         shown = replace(shown, labels=tuple(label for label in preset.labels for _ in range(each)))
     plan = sampling_plan(args, fid=fid, presets={preset.name: shown}, diffusion=False)
-    if config is not None and not args.vae:
-        plan = replace(plan, vae=first_stage_source(config.first_stage, args.ae_ckpt, config.scale_factor))
     files = [replace(file, path=path or file.path) for file, path in zip(preset.denoisers, (args.ldm_s_path, args.ldm_path), strict=True)]
+    facts = [read_ldm_facts(file.path, plan.num_classes) for file in files]
+    if config is not None and not args.vae:
+        scale = _scale_factor(files, [fact.scale_factor for fact in facts], config)
+        plan = replace(plan, vae=first_stage_source(config.first_stage, args.ae_ckpt, scale))
     betas = BETAS | dict(config.betas if config else {})
     solver = _solver(args, ldm_diffusion(plan.num_steps, **betas), eta=0.0 if preset.name == "emoji" else 1.0)
-    learned = all(learned_null_label(file.path, plan.num_classes) for file in files)
+    learned = all(fact.has_null_label for fact in facts)
     uncond = args.uncond or ("null" if learned else "random")
     if uncond == "null" and not learned and plan.guidance.scale != 1:
         raise InputError("a model of this pair has not learned a null label to guide from; pass --uncond random or --cfg-scale 1")
     walker = SolverWalker(solver) if uncond == "null" else RandomUncondWalker(solver)
     also = {"eta": getattr(solver, "eta", 0.0), "uncond": uncond, "use": args.use, "betas": betas}
     return replace(plan, walker=walker, learned_null=uncond == "null", also=also), files, partial(_load, config=config, use=args.use)
+
+
+def _scale_factor(files: Sequence[DenoiserFile], stored: Sequence[float | None], config: LDMConfig) -> float:
+    """What the latents are multiplied by: the configuration's, or what the files say where they do."""
+    said = {str(file.path): scale for file, scale in zip(files, stored, strict=True) if scale is not None}
+    if config.scale_factor != 1 or not said:
+        said["the configuration"] = config.scale_factor
+    if max(said.values()) > min(said.values()) * (1 + 1e-6):
+        values = ", ".join(f"{scale:g} in {place}" for place, scale in said.items())
+        raise InputError(f"the latents' scale_factor is {values}; stitch models of one first stage and one scale")
+    return next(iter(said.values()))
 
 
 def _read_pair(path: Path | None) -> LDMConfig | None:

@@ -2,150 +2,274 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 import yaml
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from ldm.autoencoder import find, load_autoencoder
-from ldm.callbacks import ImageLogger, LossLog
-from ldm.checkpoints import LDMCheckpoint, compvis_state_dict, read_ldm
-from ldm.config import LDMConfig, read_model
-from ldm.training import LatentDiffusion, StepLoader
-from tstitch.checkpoints import first_line, save_weights
-from tstitch.data import Features, ImageLatents, class_weights, open_features
+from ldm.autoencoder import load_autoencoder
+from ldm.callbacks import AtomicCheckpointIO, ImageLogger, LastCheckpoint, LossLog, ReconstructionLogger
+from ldm.config import AutoencoderConfig, LDMConfig, check_names, read_autoencoder, read_model, trains_first_stage
+from ldm.data import Pixels, RunData, open_latents, open_pixels
+from ldm.first_stage_training import FirstStageTraining
+from ldm.training import CompVisModule, LatentDiffusion
+from tstitch.checkpoints import first_line
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder
-from tstitch.pictures import ImageFolder
 
-_DATA = {"batch_size", "num_workers", "class_balance", "train", "validation", "wrap"}
+LOGGERS = ("csv", "tensorboard", "wandb")
+_DATA = {"batch_size": 64, "num_workers": None, "class_balance": 0.0, "train": None, "validation": None, "wrap": None}  # num_workers, wrap: no effect
 _TRAINER = {"accelerator": "auto", "devices": 1, "max_epochs": -1, "num_sanity_val_steps": 0}
+_CHECKPOINTS = {"every_n_train_steps": 5000, "save_top_k": 3, "mode": "min"}
+# What may differ when a run goes on: how long it is, where it runs, what it shows.
+_MAY_DIFFER = {
+    f"lightning.trainer.{name}" for name in ("max_steps", "max_epochs", "max_time", "accelerator", "enable_progress_bar", "log_every_n_steps", "benchmark")
+}  # fmt: skip
 
 
-class LatentData(pl.LightningDataModule):
-    """Batches of latents and labels, in an order that depends on the seed and the step alone."""
-
-    def __init__(self, train: Features, validation: Features | None, batch_size: int, class_balance: float, seed: int) -> None:
-        super().__init__()
-        self.train, self.validation, self.batch_size, self.seed = train, validation, batch_size, seed
-        self.weights = class_weights(train.labels, class_balance) if class_balance else None
-
-    def train_dataloader(self) -> StepLoader:
-        """An epoch, from where training is."""
-        return StepLoader(self.train, self.weights, self.batch_size, self.seed, self.trainer.lightning_module)
+def hush() -> None:
+    """Keep back what Lightning says of other products and of matters that are settled here."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
+    warnings.filterwarnings("ignore", message=".*(lr_scheduler.step|isinstance\\(treespec, LeafSpec\\)|does not have many workers).*")
 
 
 @dataclass
 class Experiment:
     """Everything that a run needs, checked."""
 
-    model: LatentDiffusion
-    data: LatentData
+    model: CompVisModule
+    data: RunData
     trainer: pl.Trainer
     folder: Path
     content: Mapping[str, Any]
     resumed: Path | None
+    step: int  # where it goes on
 
     def describe(self) -> str:
         """What is trained, on what, how, in a few lines."""
-        count = sum(parameter.numel() for parameter in self.model.denoiser.unet.parameters())
-        return (
-            f"{self.folder}: U-Net of {count / 1e6:.2f} M parameters on {len(self.data.train)} items, batches of {self.data.batch_size}, "
-            f"learning rate {self.model.learning_rate:.3g}, {self.trainer.max_steps} steps" + (f", goes on from {self.resumed}" if self.resumed else "")
+        count = sum(parameter.numel() for parameter in self.model.network.parameters())
+        end = self.trainer.max_steps
+        text = (
+            f"{self.folder}: {type(self.model.network).__name__} of {count / 1e6:.2f} M parameters on {len(self.data.train)} items, "
+            f"batches of {self.data.batch_size}, learning rate {self.model.learning_rate:.3g}, {f'{end} steps' if end > 0 else 'no last step'}"
         )
+        if self.resumed is None:
+            return text
+        return text + (f"; finished at step {self.step}, raise max_steps to go on" if self.finished else f"; goes on from step {self.step}, {self.resumed}")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done already."""
+        return 0 < self.trainer.max_steps == self.step
 
     def fit(self, export: Path | None) -> None:
-        """Train, then export."""
+        """Train, then export.
+
+        Raises:
+            KeyboardInterrupt: if the user has ended it; the last checkpoint stays what it was.
+        """
         check_folder(self.folder)
         if self.trainer.is_global_zero:
             with atomic_path(self.folder / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(dict(self.content), sort_keys=False))
-        self.trainer.fit(self.model, self.data, ckpt_path=self.resumed, weights_only=self.resumed is not None or None)
+            for left_by_a_kill in (self.folder / "checkpoints").glob(".*.tmp.ckpt"):
+                left_by_a_kill.unlink()
+        try:
+            self.trainer.fit(self.model, self.data, ckpt_path=self.resumed, weights_only=self.resumed is not None or None)
+        except SystemExit:
+            if self.trainer.interrupted:  # Lightning makes this of Ctrl-C
+                raise KeyboardInterrupt from None
+            raise
         if export is not None and self.trainer.is_global_zero:
-            export_denoiser(export, self.model)
-            print(f"moving average -> {export}")
-
-
-def export_denoiser(path: Path, model: LatentDiffusion) -> None:
-    """Write the U-Net's moving average and its class embedder as fp16 safetensors under CompVis' names, with the U-Net's `params` in the header."""
-    denoiser = model.averaged
-    state = LDMCheckpoint([compvis_state_dict(denoiser.unet)], [], [{"embedding.weight": denoiser.embedder.weight}]).state_dict()
-    save_weights(path, state, {"unet": dict(model.config.unets[0]), "num_classes": model.config.num_classes})
+            self.model.export(export)
+            print(f"weights, of the moving average where there is one -> {export}")
 
 
 def build_experiment(
-    content: Mapping[str, Any], folder: Path, flags: Mapping[str, Any], *, seed: int, scale_lr: bool, init_from: Path | None, resumed: Path | None
-) -> Experiment:
+    content: Mapping[str, Any], folder: Path, flags: Mapping[str, Any], *, seed: int, scale_lr: bool, init_from: Path | None = None,
+    resumed: Path | None = None, same: bool = False, loggers: Sequence[str] = (),
+) -> Experiment:  # fmt: skip
     """Make data, model and trainer of a configuration.
 
     Args:
         content: sections model, data and lightning.
         flags: arguments of Lightning's Trainer, over those of the configuration.
+        init_from: checkpoint whose weights a new run starts from, over the configuration's ckpt_path.
+        resumed: checkpoint to go on from.
+        same: refuse to go on with another configuration than the folder's.
+        loggers: of `LOGGERS`, besides log.jsonl.
 
     Raises:
         InputError: for the first thing that is missing or does not fit.
     """
-    config = read_model(content)
-    trainer_options = _TRAINER | dict(_section(content, "lightning", "trainer")) | dict(flags)
+    hush()
+    lightning = _section(content, "lightning")
+    check_names("lightning", lightning, ("trainer", "callbacks", "modelcheckpoint"))
+    options = modern(dict(lightning.get("trainer") or {})) | modern(dict(flags))
+    content = {**content, "lightning": {**lightning, "trainer": dict(options)}, "run": {"seed": seed, "scale_lr": scale_lr}}
+    step = 0 if resumed is None else _step_of(resumed)
+    if same and resumed is not None:
+        _check_same(content, folder)
     pl.seed_everything(seed, verbose=False)
-    train, validation, options = _open_data(content, config)
-    batch_size = options.get("batch_size", 64)
-    steps_every = _section(content, "lightning", "modelcheckpoint").get("every_n_train_steps", 5000)
-    drawn = _section(content, "lightning", "callbacks").get("image_logger", {})
-    callbacks = [
-        LossLog(folder / "log.jsonl", trainer_options.pop("log_every_n_steps", 50)),
-        ImageLogger(folder / "images", load_autoencoder(config.first_stage), **drawn.get("params", drawn)),
-        TQDMProgressBar(refresh_rate=20),
-        # The newest checkpoint is last.ckpt; it is written to a temporary name and renamed.
-        ModelCheckpoint(
-            folder / "checkpoints", filename="{step:07d}", every_n_train_steps=steps_every, save_last=True, save_top_k=1, monitor="step", mode="max"
-        ),
-    ]
-    try:
-        trainer = pl.Trainer(default_root_dir=folder, callbacks=callbacks, logger=False, enable_model_summary=False, **trainer_options)
-    except (TypeError, ValueError, RuntimeError, pl.utilities.exceptions.MisconfigurationException) as error:
-        raise InputError(f"Lightning's Trainer refused its flags: {first_line(error)}") from None
-    rate = config.base_learning_rate * (trainer.accumulate_grad_batches * trainer.world_size * batch_size if scale_lr else 1)
-    model = LatentDiffusion(config, rate)
-    if init_from is not None:
-        model.load_published(read_ldm(init_from), str(init_from))
-    data = LatentData(train, validation, batch_size, options.get("class_balance", 0.0), seed)
-    return Experiment(model, data, trainer, folder, content, resumed)
+    first_stage = trains_first_stage(content)
+    config = read_autoencoder(content) if first_stage else read_model(content)
+    data = _open_data(content, config, seed)
+    if data.validation is None:
+        options["limit_val_batches"] = 0
+    log_every = options.setdefault("log_every_n_steps", 50)
+    callbacks = [LossLog(folder / "log.jsonl", log_every), *_picture_logs(content, config, folder, data), *_checkpoints(content, config, folder, data)]
+    trainer = _trainer(options, folder, callbacks, loggers)
+    rate = config.base_learning_rate * (trainer.accumulate_grad_batches * trainer.world_size * data.batch_size if scale_lr else 1)
+    model = FirstStageTraining(config, rate) if first_stage else LatentDiffusion(config, rate)
+    monitor = config.training["monitor"]
+    if data.validation is not None and monitor is not None and monitor not in model.validated:
+        raise InputError(f"model.params.monitor is {monitor}; choose from {', '.join(model.validated)}")
+    start = init_from or config.training["ckpt_path"]
+    if start is not None and resumed is None:
+        model.load_from(Path(start))
+    if resumed is not None and 0 < trainer.max_steps < step:
+        raise InputError(f"{resumed} is at step {step} already; pass a larger --max_steps")
+    return Experiment(model, data, trainer, folder, content, resumed, step)
 
 
 def _section(content: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     """A part of the configuration, {} where it is not there."""
     for name in names:
         content = content.get(name) or {}
+        if not isinstance(content, Mapping):
+            raise InputError(f"{'.'.join(names)} of the configuration must be a mapping, got {content}; take one of ldm/configs as a pattern")
     return content
 
 
-def _open_data(content: Mapping[str, Any], config: LDMConfig) -> tuple[Features, Features | None, Mapping[str, Any]]:
-    options = _section(content, "data", "params")
-    if unknown := [name for name in options if name not in _DATA]:
-        raise InputError(f"unknown option {', '.join(unknown)} of data.params; choose from {', '.join(sorted(_DATA))}")
-    if "train" not in options:
+def _open_data(content: Mapping[str, Any], config: LDMConfig | AutoencoderConfig, seed: int) -> RunData:
+    check_names("data", _section(content, "data"), ("target", "params"))
+    said = _section(content, "data", "params")
+    check_names("data.params", said, _DATA)
+    said = _DATA | dict(said)
+    if said["train"] is None:
         raise InputError("data.params needs train: {features: FOLDER} or train: {pictures: FOLDER, image_size: 256}; add it")
-    train = _open(options["train"], config)
-    if train.num_classes > config.num_classes:
-        raise InputError(f"the data has {train.num_classes} classes, the class embedder {config.num_classes}; raise n_classes of cond_stage_config")
-    return train, _open(options["validation"], config) if options.get("validation") else None, options
-
-
-def _open(source: Mapping[str, Any], config: LDMConfig) -> Features:
-    if source.keys() - {"features", "pictures", "image_size", "flip", "target", "params"}:
-        raise InputError(f"data takes features, or pictures with image_size and flip; got {', '.join(source)}")
-    if "features" in source:
-        data = open_features(Path(find(source["features"])))
-    elif "pictures" in source:
-        pictures = ImageFolder(Path(source["pictures"]), source.get("image_size", 256))
-        data = ImageLatents(pictures, load_autoencoder(config.first_stage), flip=source.get("flip", True))
+    if not isinstance(said["batch_size"], int) or said["batch_size"] < 1:
+        raise InputError(f"data.params.batch_size must be a whole number of at least 1, got {said['batch_size']}")
+    named = {part: said[part] for part in ("train", "validation") if said[part]}
+    if isinstance(config, AutoencoderConfig):
+        parts: dict[str, Any] = {part: open_pixels(source, part) for part, source in named.items()}
+        size = config.params["ddconfig"]["resolution"]
+        if wrong := [part for part in parts if parts[part].latent_shape[-1] != size]:
+            raise InputError(f"ddconfig's resolution is {size}; pass data.params.{wrong[0]}.image_size={size}")
     else:
-        raise InputError("data needs features: FOLDER or pictures: FOLDER; add one")
-    if tuple(data.latent_shape) != config.latent_shape:
-        raise InputError(f"the data's latents are {list(data.latent_shape)}, not {list(config.latent_shape)}; change image_size and channels")
-    return data
+        parts = {part: open_latents(source, part, config.first_stage, config.scale_factor, config.latent_shape) for part, source in named.items()}
+        if parts["train"].num_classes > config.num_classes:
+            raise InputError(f"the data has {parts['train'].num_classes} classes, the class embedder {config.num_classes}; raise its n_classes")
+    return RunData(parts["train"], parts.get("validation"), said["batch_size"], said["class_balance"], seed)
+
+
+def modern(options: dict[str, Any]) -> dict[str, Any]:
+    """`gpus` of Lightning 1 as accelerator and devices: a number of them (0 is the CPU), or their indices."""
+    gpus = options.pop("gpus", None)
+    if gpus is None:
+        return options
+    if options.get("accelerator") not in (None, "gpu", "cuda", "ddp") or "devices" in options:
+        raise InputError("gpus is the old word for accelerator and devices; pass --accelerator gpu --devices N alone")
+    if options.get("accelerator") == "ddp":  # Lightning 1 put the strategy there
+        options["strategy"] = "ddp"
+    if gpus in (0, "0"):
+        return options | {"accelerator": "cpu", "devices": 1}
+    return options | {"accelerator": "gpu", "devices": [int(k) for k in str(gpus).split(",") if k] if "," in str(gpus) else gpus}
+
+
+def _picture_logs(content: Mapping[str, Any], config: LDMConfig | AutoencoderConfig, folder: Path, data: RunData) -> list[Callback]:
+    callbacks = _section(content, "lightning", "callbacks")
+    check_names("lightning.callbacks", callbacks, ("image_logger",))
+    said = _section(content, "lightning", "callbacks", "image_logger")
+    said = dict(said.get("params", {name: value for name, value in said.items() if name != "target"}))
+    for old in ("clamp", "rescale"):
+        said.pop(old, None)
+    common = ("batch_frequency", "max_images", "increase_log_steps")
+    if isinstance(config, LDMConfig):
+        check_names("image_logger", said, (*common, "num_steps", "cfg_scale"))
+        return [ImageLogger(folder / "images", load_autoencoder(config.first_stage, scale_factor=config.scale_factor), **said)]
+    check_names("image_logger", said, common)
+    pictures: Pixels = data.validation or data.train
+    return [ReconstructionLogger(folder / "images", pictures, **said)]
+
+
+def _checkpoints(content: Mapping[str, Any], config: LDMConfig | AutoencoderConfig, folder: Path, data: RunData) -> list[Callback]:
+    said = _section(content, "lightning", "modelcheckpoint")
+    said = dict(said.get("params", {name: value for name, value in said.items() if name != "target"}))
+    check_names("modelcheckpoint", said, _CHECKPOINTS)
+    said = _CHECKPOINTS | said
+    if not isinstance(said["every_n_train_steps"], int) or said["every_n_train_steps"] < 1:
+        raise InputError(f"modelcheckpoint's every_n_train_steps must be a whole number of at least 1, got {said['every_n_train_steps']}")
+    last = LastCheckpoint(folder / "checkpoints", said["every_n_train_steps"])
+    if config.training["monitor"] is None or data.validation is None:
+        return [last]
+    best = ModelCheckpoint(
+        folder / "checkpoints", "{epoch:06d}-{step:07d}", config.training["monitor"], save_top_k=said["save_top_k"], mode=said["mode"],
+        save_on_train_epoch_end=False, enable_version_counter=False,
+    )  # fmt: skip
+    return [best, last]  # in this order: the last one knows which are the best
+
+
+def _trainer(options: Mapping[str, Any], folder: Path, callbacks: list[Callback], loggers: Sequence[str]) -> pl.Trainer:
+    if any(word in str(options.get("strategy")) for word in ("fsdp", "deepspeed", "model_parallel")):
+        raise InputError(f"strategy {options['strategy']} cuts the model to pieces, which a checkpoint under CompVis' names does not hold; choose ddp")
+    chosen = [_logger(name, folder) for name in loggers] or False
+    bar = [TQDMProgressBar(refresh_rate=20)] if options.get("enable_progress_bar", True) else []
+    try:
+        return pl.Trainer(
+            default_root_dir=folder, callbacks=bar + callbacks, logger=chosen, enable_model_summary=False,
+            plugins=[AtomicCheckpointIO()], **(_TRAINER | dict(options)),
+        )  # fmt: skip
+    except (TypeError, ValueError, RuntimeError, AssertionError, MisconfigurationException) as error:
+        raise InputError(f"Lightning's Trainer refused its flags: {first_line(error)}") from None
+
+
+def _logger(name: str, folder: Path) -> Logger:
+    try:
+        if name == "wandb":
+            return WandbLogger(name=folder.name, save_dir=folder, id=folder.name, resume="allow")
+        return CSVLogger(folder, "csv") if name == "csv" else TensorBoardLogger(folder, "tensorboard", version="")
+    except ModuleNotFoundError:
+        raise InputError(f"--logger {name} needs the package {name}; install it with pip install {name}") from None
+
+
+def _step_of(checkpoint: Path) -> int:
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError):
+        others = sorted(path for path in checkpoint.parent.glob("*.ckpt") if path != checkpoint)
+        instead = f"pass --resume {others[-1]}" if others else "remove the run's folder"
+        raise InputError(f"{checkpoint} is damaged or no training checkpoint; {instead}") from None
+
+
+def _check_same(content: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with other values than a run was begun with."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    was = yaml.safe_load(path.read_text())
+    before, now = (_flat(part) for part in ({"run": content["run"]} | was, content))
+    differ = [
+        f"{name}={before.get(name)!r:.60}" for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name) and name not in _MAY_DIFFER
+    ]
+    if differ:
+        raise InputError(f"{folder} was begun with {', '.join(differ[:4])}; pass the same values, another --run-dir, or --resume {folder} to change them")
+
+
+def _flat(content: object, name: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    if not isinstance(content, Mapping):
+        return {name: content}
+    return {key: value for part, inside in content.items() for key, value in _flat(inside, f"{name}.{part}" if name else str(part)).items()}

@@ -5,7 +5,8 @@ The sampler visits the timesteps 1, 1 + c, 1 + 2c, ... with c = 1000 // steps an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from ldm.denoiser import LatentDenoiser
 from tstitch.diffusion import GaussianDiffusion, named_betas
 from tstitch.errors import InputError
 from tstitch.guidance import Denoiser
+from tstitch.noise import SampleNoise
 from tstitch.sampling import Noise
 from tstitch.schedule import StitchSchedule
 from tstitch.solvers import PLMS, Solver
@@ -122,21 +124,37 @@ class RandomUncondWalker(SolverWalker):
         self, denoisers: Sequence[LatentDenoiser], x_T: Tensor, y: Tensor, *, schedules: Sequence[StitchSchedule], guidance: Guidances, noise: Noise | None,
         max_batch: int, callback: OnEvaluation | None = None,
     ) -> Walked:  # fmt: skip
-        """See `tstitch.sweep.sample_many`; calls take whole batches, so that every row finds its own context."""
-        _draw_for(denoisers, noise, x_T)
-        whole = max(1, max_batch // len(x_T)) * len(x_T)
-        return super().walk(denoisers, x_T, y, schedules=schedules, guidance=guidance, noise=noise, max_batch=whole, callback=callback)
+        """See `tstitch.sweep.sample_many`. At most max_batch samples are walked together, since a row finds its own context only in whole batches."""
+        walked, parts = [], torch.arange(len(x_T)).split(max_batch)
+        for rows in parts:
+            share = len(rows) / len(x_T)
+            told = None if callback is None else lambda denoiser, evaluations, share=share: callback(denoiser, evaluations * share)
+            with _drawn_for(denoisers, noise, rows, x_T.device) as own:
+                whole = max(1, max_batch // len(rows)) * len(rows)
+                walked.append(
+                    super().walk(denoisers, x_T[rows], y[rows], schedules=schedules, guidance=guidance, noise=own, max_batch=whole, callback=told)
+                )  # fmt: skip
+        return Walked([torch.cat(latents) for latents in zip(*(part.latents for part in walked), strict=True)], walked[0].evaluations)
 
     def evaluation_seconds(
         self, denoisers: Sequence[Denoiser], x: Tensor, y: Tensor, *, guidance: Guidances, noise: Noise | None, repeats: int = 7
     ) -> list[float]:
         """See `tstitch.tune.measure_step_seconds`."""
-        _draw_for(denoisers, noise, x)
-        return super().evaluation_seconds(denoisers, x, y, guidance=guidance, noise=noise, repeats=repeats)
+        with _drawn_for(denoisers, noise, torch.arange(len(x)), x.device) as own:
+            return super().evaluation_seconds(denoisers, x, y, guidance=guidance, noise=own, repeats=repeats)
 
 
-def _draw_for(denoisers: Sequence[LatentDenoiser], noise: Noise | None, x: Tensor) -> None:
-    if noise is None:
+@contextmanager
+def _drawn_for(denoisers: Sequence[LatentDenoiser], noise: Noise | None, rows: Tensor, device: torch.device) -> Iterator[SampleNoise]:
+    """Give each denoiser the random contexts of some samples inside a with block, which gets the noise of these samples; nothing stays behind."""
+    if not isinstance(noise, SampleNoise):
         raise ValueError("random unconditional contexts are drawn from the samples' seeds; pass noise=tstitch.noise.SampleNoise(seeds)")
+    own = SampleNoise([noise.seeds[row] for row in rows.tolist()])
+    before = [denoiser.unconditional for denoiser in denoisers]
     for denoiser in denoisers:
-        denoiser.unconditional = draw_unconditional(noise, len(x), denoiser.context_dim).to(x.device)
+        denoiser.unconditional = draw_unconditional(own, len(rows), denoiser.context_dim).to(device)
+    try:
+        yield own
+    finally:
+        for denoiser, contexts in zip(denoisers, before, strict=True):
+            denoiser.unconditional = contexts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -438,6 +439,21 @@ def test_a_sample_depends_neither_on_its_batch_nor_on_the_sweep(make_solver: Cal
     assert walker.settings["uncond"] == "random"
 
 
+def test_random_contexts_keep_calls_bounded_and_leave_nothing_behind(without_null: list[LatentDenoiser], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, forward = [], LatentDenoiser.forward
+
+    def recorded(self: LatentDenoiser, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return forward(self, x, t, y)
+
+    monkeypatch.setattr(LatentDenoiser, "forward", recorded)
+    walker, noise = RandomUncondWalker(DDIM(ldm_diffusion(2))), SampleNoise(range(5))
+    arguments = {"guidance": ClassifierFreeGuidance(3.0, 10, channels=None), "noise": noise, "max_batch": 2}
+    walked = walker.walk(without_null, noise.latents(without_null[0].latent_shape), torch.arange(5), schedules=[StitchSchedule.from_ratio(0.5)], **arguments)
+    assert walked.latents[0].shape[0] == 5 and max(sizes) == 4  # guidance doubles the two
+    assert all(denoiser.unconditional is None for denoiser in without_null)
+
+
 @pytest.mark.parametrize("make_solver", [lambda d: DDIM(d, eta=0.5), PLMS], ids=["ddim", "plms"])
 def test_a_sweep_of_unets_of_unequal_contexts_equals_single_runs(make_solver: Callable[..., Solver], small_and_large: list[LatentDenoiser]) -> None:
     noise, y = SampleNoise([1, 2]), torch.tensor([3, 9])
@@ -449,8 +465,14 @@ def test_a_sweep_of_unets_of_unequal_contexts_equals_single_runs(make_solver: Ca
         torch.testing.assert_close(ours, sample(small_and_large, x_T, y, schedule=schedule, **settings), rtol=1e-3, atol=1e-3)
 
 
-def test_step_times_can_be_measured_for_every_solver(small_and_large: list[LatentDenoiser]) -> None:
+def test_a_slower_denoiser_measures_slower_with_every_solver(small_and_large: list[LatentDenoiser]) -> None:
     x, y = torch.randn(1, 4, 8, 8), torch.tensor([0])
+
+    def slow(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        time.sleep(0.2)
+        return small_and_large[0](x, t, y)
+
     for steps in (1, 2, 5):
         for solver in (PLMS(ldm_diffusion(steps)), DPMSolverPP(ldm_diffusion(steps))):
-            assert all(seconds > 0 for seconds in measure_step_seconds(small_and_large, x, y, solver=solver, repeats=1))
+            own, slowed = measure_step_seconds([small_and_large[0], slow], x, y, solver=solver, repeats=2)
+            assert slowed >= own + 0.1

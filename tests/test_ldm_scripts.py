@@ -18,7 +18,7 @@ from torch import nn
 
 from ldm import cli, evaluator
 from ldm.autoencoder import load_autoencoder
-from ldm.checkpoints import LDMCheckpoint, compvis_state_dict, load_ldm_denoisers, read_ldm
+from ldm.checkpoints import LDMCheckpoint, LDMFacts, compvis_state_dict, load_ldm_denoisers, read_ldm
 from ldm.config import FirstStageConfig
 from ldm.networks import build_ldm_first_stage, build_ldm_unet
 from ldm.scripts import sample_imagenet_32_t_stitch, sample_imagenet_ddp_t_stitch, sweep_emoji
@@ -223,8 +223,21 @@ def test_a_picture_depends_on_its_seed_and_label_alone(pair: str, request: pytes
     assert close(pictures([*quick, "--class-labels", "5", "--seed", "4"], tmp_path, monkeypatch)[0], company[1])
 
 
+def test_latents_are_scaled_as_the_checkpoints_say(published: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def scale(*stored: float | None) -> float:
+        facts = iter([LDMFacts(False, value) for value in stored])
+        monkeypatch.setattr(cli, "read_ldm_facts", lambda path, num_classes: next(facts))
+        plan, _, _ = cli.ldm_plan(sample_imagenet_32_t_stitch.parse_args([*published, "--class-labels", "1"]))
+        return Autoencoder(plan.vae).scaling_factor
+
+    assert scale(None, None) == 1.0
+    assert scale(0.25, 0.25) == scale(None, 0.25) == 0.25
+    with pytest.raises(InputError, match="scale_factor is 0.25 in .*, 0.5 in "):
+        scale(0.25, 0.5)
+
+
 def test_defaults_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "learned_null_label", lambda path, num_classes: False)  # there are no published weights here
+    monkeypatch.setattr(cli, "read_ldm_facts", lambda path, num_classes: LDMFacts(False, None))  # there are no published weights here
     script = sample_imagenet_32_t_stitch
     plan, files, _ = cli.ldm_plan(script.parse_args(["--device", "cpu"]), each=8)
     assert (plan.num_steps, plan.guidance.scale, plan.guidance.channels, plan.image_size, plan.latent_size) == (100, 3.0, None, 256, 32)

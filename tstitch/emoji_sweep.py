@@ -85,6 +85,7 @@ def sweep(
         if len(plan.labels) < 2:
             raise InputError("FD-emoji needs at least 2 images; pass a larger --num-images")
         check_folder(args.out.parent)
+        check_folder(args.work_dir)
         denoisers, autoencoder = load(plan, files), Autoencoder(plan.vae, plan.device)
         extractor = create_extractor("emoji", plan.device, args.models)
         reference = extractor.references()

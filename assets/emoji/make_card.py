@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from assets.emoji.emoji_data import DATASET, load_drawings
 from dit.checkpoints import load_denoisers
+from ldm.cli import ldm_plan
+from ldm.scripts.sample_imagenet_32_t_stitch import parse_args as parse_ldm_args
 from sit.checkpoints import load_flows
 from sit.flows import flow_walker
 from sit.transport import ODE, create_transport
@@ -54,7 +56,12 @@ def nearest(pictures: Tensor, drawings: Tensor) -> tuple[Tensor, Tensor]:
 def plot_losses(folder: Path) -> None:
     """Loss by training step from logs/{backbone}-{model}*.jsonl, a model's second round behind its first."""
     panels = {}
-    for name, backbone, models in (("DiT: noise, min-SNR weighted", "dit", ("small", "base", "large")), ("SiT: velocity", "sit", ("small", "large"))):
+    for name, backbone, models in (
+        ("DiT: noise, min-SNR weighted", "dit", ("small", "base", "large")),
+        ("SiT: velocity", "sit", ("small", "large")),
+        ("U-Net: noise, min-SNR weighted", "ldm", ("small", "large")),
+        ("U-Net with text: the same", "sd", ("small", "large")),
+    ):
         panels[name] = {}
         for model in models:
             curve, before = [], 0
@@ -66,11 +73,14 @@ def plot_losses(folder: Path) -> None:
 
 
 def plans(args: argparse.Namespace) -> Iterator[tuple[str, SamplingPlan, Sequence[DenoiserFile], Sequence[Denoiser]]]:
-    """Backbone, plan, files and models: the DiTs along DDIM, the SiTs along an ODE with as many evaluations."""
+    """Backbone, plan, files and models: DiTs and U-Nets along DDIM, the SiTs along an ODE with as many evaluations."""
     plan = sampling_plan(args)
     yield "DiT", plan, plan.preset.denoisers, load_denoisers(plan, plan.preset.denoisers)
     plan = replace(sampling_plan(args, presets=SIT_PRESETS, diffusion=False), walker=flow_walker(ODE(create_transport(), "heun2", 11)))
     yield "SiT", plan, plan.preset.denoisers, load_flows(plan, plan.preset.denoisers)
+    labels = ["--class-labels", *map(str, args.class_labels), "--num-images", str(args.num_images), "--seed", str(args.seed), "--dtype", args.dtype]
+    plan, files, load = ldm_plan(parse_ldm_args(["--preset", "emoji", *labels]))
+    yield "LDM", plan, files, load(plan, files)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -93,7 +93,7 @@ class PromptBackbone:
     def command(self, request: Request, schedules: Sequence[StitchSchedule]) -> str:
         """What makes the same pictures in a terminal."""
         words = {
-            "--prompt": [request.subject], "--negative_prompt": [request.negative_prompt] if request.negative_prompt else [],
+            "--prompt": [request.subject], "--negative_prompt": [request.negative_prompt] if request.negative_prompt and request.guidance > 1 else [],
             "--ratios": [f"{r:g}" for r in dict.fromkeys([0.0, *(schedule.fractions[0] for schedule in schedules)])],
             "--num-images": [str(request.count)], "--steps": [str(request.num_steps)], "--guidance": [f"{request.guidance:g}"],
             "--seed": [str(request.seed)], "--large": [request.large], "--small": [] if self.bundled else [request.small],
