@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -40,11 +41,13 @@ class LossLog(Callback):
         self.path, self.every = path, every
         self.count, self.sums = 0, {}
         self._log: JsonLines | None = None
+        self._strategy: Strategy | None = None
         self._since = self._rated = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums since the last line."""
-        return {"count": self.count, "sums": dict(self.sums)}
+        """Sums since the last line, the mean of all processes: Lightning asks every one, and writes what the first one says."""
+        reduce = (lambda value: value) if self._strategy is None else (lambda value: self._strategy.reduce(value.clone(), reduce_op="mean"))
+        return {"count": self.count, "sums": {name: reduce(value) for name, value in self.sums.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the sums of a checkpoint."""
@@ -52,6 +55,7 @@ class LossLog(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the log where the run is."""
+        self._strategy = trainer.strategy
         self._log = JsonLines(self.path, pl_module.steps_done) if trainer.is_global_zero else None
         self._since, self._rated = time.perf_counter(), pl_module.steps_done
         self.sums = {name: value.to(pl_module.device) for name, value in self.sums.items()}
@@ -89,12 +93,13 @@ def _ends_a_step(trainer: pl.Trainer, batch_idx: int) -> bool:
 class LastCheckpoint(Checkpoint):
     """Keeps folder/last.ckpt: after every `every` steps and at the end, after the validation that may belong to that step.
 
-    So a run that goes on from it has nothing to measure twice, and nothing that was left out.
+    So a run that goes on from it has nothing to measure twice, and nothing that was left out. Where time ends a run between the parts of a step, the step
+    is done first: a checkpoint has no place for half of its gradient.
     """
 
     def __init__(self, folder: Path, every: int) -> None:
         self.path, self.every = folder / "last.ckpt", every
-        self._saved, self._due = -1, False
+        self._saved, self._due, self._stops = -1, False, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Know the step of the file that is there."""
@@ -102,8 +107,10 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Save, or wait for the validation that comes next."""
-        step = pl_module.steps_done
-        if (step % self.every and step != trainer.max_steps) or not _ends_a_step(trainer, batch_idx):
+        step, whole = pl_module.steps_done, _ends_a_step(trainer, batch_idx)
+        self._stops = self._stops or trainer.should_stop
+        trainer.should_stop = self._stops and whole
+        if (step % self.every and step != trainer.max_steps) or not whole:
             return
         loop = trainer.fit_loop
         self._due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # what Lightning asks next

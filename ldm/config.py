@@ -160,6 +160,7 @@ def read_model(content: Mapping[str, Any]) -> LDMConfig:
         check_names("cond_stage_config", table, ("embed_dim", "n_classes", "ucg_rate", "key"))
         if "embed_dim" not in table:
             raise InputError("cond_stage_config lacks embed_dim, the width of the class embedding; add it to its params")
+    _check_loss(params)
     if len(unets) != len(embedders):
         raise InputError(f"the configuration has {len(unets)} U-Nets and {len(embedders)} class embedders; give one to each")
     first_stage = read_first_stage(_section(params, "first_stage_config"))
@@ -171,9 +172,29 @@ def read_model(content: Mapping[str, Any]) -> LDMConfig:
         params.pop(part)
     if not isinstance(size, int) or not isinstance(channels, int):
         raise InputError(f"model.params needs image_size and channels, the height and the channels of the latents; got {size} and {channels}")
+    for unet, table in zip(unets, embedders, strict=True):
+        _check_unet(unet, table["embed_dim"], channels, size)
     training = _training("model.params", params, _TRAINING, _FIXED, _FREE)
     rate = _base_learning_rate(model, 1e-6)
     return LDMConfig(tuple(unets), tuple(embedders), first_stage, betas, (channels, size, size), float(scale), rate, training)
+
+
+def _check_loss(params: Mapping[str, Any]) -> None:
+    weights = {"l_simple_weight": 1.0, "original_elbo_weight": 0.0, "learn_logvar": False, "logvar_init": 0.0}
+    if params.get("snr_gamma") is not None and (given := [name for name, neutral in weights.items() if params.get(name, neutral) != neutral]):
+        raise InputError(f"model.params has snr_gamma and {', '.join(given)}, which weigh the loss in two ways; leave one of them out")
+
+
+def _check_unet(unet: Mapping[str, Any], embed_dim: int, channels: int, size: int) -> None:
+    """Refuse a U-Net that contradicts what surrounds it; what it lacks besides is found where it is built."""
+    if unet.get("num_classes") is not None:
+        raise InputError("UNetModel's num_classes adds a label embedding that nothing here feeds; leave it out, the class embedder takes the labels")
+    if unet.get("image_size") is None:
+        raise InputError(f"UNetModel lacks image_size, the height of its latents; add image_size: {size} to the params of unet_config")
+    expected = {"context_dim": ("cond_stage_config's embed_dim", embed_dim), "image_size": ("model.params.image_size", size)}
+    for name, (other, value) in (expected | dict.fromkeys(("in_channels", "out_channels"), ("model.params.channels", channels))).items():
+        if unet.get(name, value) != value:
+            raise InputError(f"UNetModel's {name} is {unet[name]}, {other} {value}; make them the same")
 
 
 def trains_first_stage(content: Mapping[str, Any]) -> bool:

@@ -16,9 +16,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.autoencoder import find, load_autoencoder
+from ldm.autoencoder import find, first_stage_source
 from ldm.config import FirstStageConfig
-from tstitch.data import Features, ImageLatents, class_weights, open_features
+from tstitch.autoencoder import Autoencoder
+from tstitch.data import Features, ImageLatents, check_vae, class_weights, open_features
 from tstitch.errors import InputError
 from tstitch.pictures import ImageFolder
 from tstitch.training import draw_batch, step_seed
@@ -66,8 +67,11 @@ def open_pixels(source: Mapping[str, Any], part: str) -> Pixels:
     return Pixels(_pictures(source, part), source.get("flip", True))
 
 
-def open_latents(source: Mapping[str, Any], part: str, first_stage: FirstStageConfig, scale_factor: float, latent_shape: tuple[int, ...]) -> Features:
+def open_latents(source: Mapping[str, Any], part: str, first_stage: FirstStageConfig, autoencoder: Autoencoder, latent_shape: tuple[int, ...]) -> Features:
     """Open data.params.`part` of a configuration for a U-Net: features made before, or pictures that the first stage encodes while training.
+
+    Args:
+        autoencoder: the first stage, loaded.
 
     Raises:
         InputError: naming what is missing, unknown or does not fit.
@@ -75,11 +79,22 @@ def open_latents(source: Mapping[str, Any], part: str, first_stage: FirstStageCo
     source = _described(source, part)
     if "features" in source:
         data: Features = open_features(Path(find(source["features"])))
+        _check_first_stage(data, part, first_stage, autoencoder)
     else:
-        data = ImageLatents(_pictures(source, part), load_autoencoder(first_stage, scale_factor=scale_factor), flip=source.get("flip", True))
+        data = ImageLatents(_pictures(source, part), autoencoder, flip=source.get("flip", True))
     if tuple(data.latent_shape) != latent_shape:
         raise InputError(f"the data's latents are {list(data.latent_shape)}, not {list(latent_shape)}; change image_size and channels")
     return data
+
+
+def _check_first_stage(data: Features, part: str, first_stage: FirstStageConfig, autoencoder: Autoencoder) -> None:
+    instead = f"pass data.params.{part}.pictures=FOLDER, or the first stage that made them"
+    try:
+        check_vae(data, first_stage_source(first_stage))
+    except InputError as error:
+        raise InputError(f"{str(error).rsplit(';', 1)[0]}; {instead}") from None
+    if (scale := data.index.get("scaling_factor")) is not None and abs(scale - autoencoder.scaling_factor) > 1e-6 * scale:
+        raise InputError(f"the features are scaled by {scale}, the first stage {autoencoder.source} by {autoencoder.scaling_factor}; {instead}")
 
 
 def _described(source: Mapping[str, Any], part: str) -> Mapping[str, Any]:
@@ -177,12 +192,22 @@ class RunData(pl.LightningDataModule):
     Args:
         batch_size: items of a process in one pass.
         class_balance: 0 draws items evenly, 1 draws classes evenly.
+        autoencoder: what encodes pictures, moved to where training is.
     """
 
-    def __init__(self, train: Features, validation: Features | None, batch_size: int, class_balance: float, seed: int) -> None:
+    def __init__(
+        self, train: Features, validation: Features | None, batch_size: int, class_balance: float, seed: int, autoencoder: Autoencoder | None = None
+    ) -> None:
         super().__init__()
+        self.autoencoder = autoencoder
         self.train, self.validation, self.batch_size, self.seed = train, validation, batch_size, seed
         self.weights = class_weights(train.labels, class_balance) if class_balance else None
+
+    def setup(self, stage: str) -> None:
+        """Move the autoencoder; before, Lightning has not told this process its device."""
+        if self.autoencoder is not None:
+            self.autoencoder.device = self.trainer.strategy.root_device
+            self.autoencoder.vae.to(self.autoencoder.device)
 
     def train_dataloader(self) -> StepLoader:
         """An epoch, from where training is."""

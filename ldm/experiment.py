@@ -23,6 +23,7 @@ from ldm.config import AutoencoderConfig, LDMConfig, check_names, read_autoencod
 from ldm.data import Pixels, RunData, open_latents, open_pixels
 from ldm.first_stage_training import FirstStageTraining
 from ldm.training import CompVisModule, LatentDiffusion
+from tstitch.autoencoder import Autoencoder
 from tstitch.checkpoints import first_line
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder
@@ -79,6 +80,7 @@ class Experiment:
 
         Raises:
             KeyboardInterrupt: if the user has ended it; the last checkpoint stays what it was.
+            InputError: if Lightning finds that its flags and the data do not fit.
         """
         check_folder(self.folder)
         if self.trainer.is_global_zero:
@@ -92,13 +94,17 @@ class Experiment:
             if self.trainer.interrupted:  # Lightning makes this of Ctrl-C
                 raise KeyboardInterrupt from None
             raise
+        except (MisconfigurationException, ValueError) as error:
+            if not _is_lightnings(error):
+                raise
+            raise InputError(f"Lightning refused the run: {first_line(error)}") from None
         if export is not None and self.trainer.is_global_zero:
             self.model.export(export)
             print(f"weights, of the moving average where there is one -> {export}")
 
 
 def build_experiment(
-    content: Mapping[str, Any], folder: Path, flags: Mapping[str, Any], *, seed: int, scale_lr: bool, init_from: Path | None = None,
+    content: Mapping[str, Any], folder: Path, flags: Mapping[str, Any], *, seed: int, scale_lr: bool, init_from: str | Path | None = None,
     resumed: Path | None = None, same: bool = False, loggers: Sequence[str] = (),
 ) -> Experiment:  # fmt: skip
     """Make data, model and trainer of a configuration.
@@ -115,21 +121,26 @@ def build_experiment(
         InputError: for the first thing that is missing or does not fit.
     """
     hush()
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed must be 0..{2**32 - 1}, got {seed}")
     lightning = _section(content, "lightning")
     check_names("lightning", lightning, ("trainer", "callbacks", "modelcheckpoint"))
     options = modern(dict(lightning.get("trainer") or {})) | modern(dict(flags))
     content = {**content, "lightning": {**lightning, "trainer": dict(options)}, "run": {"seed": seed, "scale_lr": scale_lr}}
+    if init_from is not None:
+        content["run"]["init_from"] = str(init_from)
     step = 0 if resumed is None else _step_of(resumed)
     if same and resumed is not None:
         _check_same(content, folder)
     pl.seed_everything(seed, verbose=False)
     first_stage = trains_first_stage(content)
     config = read_autoencoder(content) if first_stage else read_model(content)
-    data = _open_data(content, config, seed)
+    autoencoder = load_autoencoder(config.first_stage, scale_factor=config.scale_factor) if isinstance(config, LDMConfig) else None
+    data = _open_data(content, config, autoencoder, seed)
     if data.validation is None:
         options["limit_val_batches"] = 0
     log_every = options.setdefault("log_every_n_steps", 50)
-    callbacks = [LossLog(folder / "log.jsonl", log_every), *_picture_logs(content, config, folder, data), *_checkpoints(content, config, folder, data)]
+    callbacks = [LossLog(folder / "log.jsonl", log_every), *_picture_logs(content, autoencoder, folder, data), *_checkpoints(content, config, folder, data)]
     trainer = _trainer(options, folder, callbacks, loggers)
     rate = config.base_learning_rate * (trainer.accumulate_grad_batches * trainer.world_size * data.batch_size if scale_lr else 1)
     model = FirstStageTraining(config, rate) if first_stage else LatentDiffusion(config, rate)
@@ -153,7 +164,7 @@ def _section(content: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     return content
 
 
-def _open_data(content: Mapping[str, Any], config: LDMConfig | AutoencoderConfig, seed: int) -> RunData:
+def _open_data(content: Mapping[str, Any], config: LDMConfig | AutoencoderConfig, autoencoder: Autoencoder | None, seed: int) -> RunData:
     check_names("data", _section(content, "data"), ("target", "params"))
     said = _section(content, "data", "params")
     check_names("data.params", said, _DATA)
@@ -169,10 +180,10 @@ def _open_data(content: Mapping[str, Any], config: LDMConfig | AutoencoderConfig
         if wrong := [part for part in parts if parts[part].latent_shape[-1] != size]:
             raise InputError(f"ddconfig's resolution is {size}; pass data.params.{wrong[0]}.image_size={size}")
     else:
-        parts = {part: open_latents(source, part, config.first_stage, config.scale_factor, config.latent_shape) for part, source in named.items()}
-        if parts["train"].num_classes > config.num_classes:
-            raise InputError(f"the data has {parts['train'].num_classes} classes, the class embedder {config.num_classes}; raise its n_classes")
-    return RunData(parts["train"], parts.get("validation"), said["batch_size"], said["class_balance"], seed)
+        parts = {part: open_latents(source, part, config.first_stage, autoencoder, config.latent_shape) for part, source in named.items()}
+        if many := [part for part in parts if parts[part].num_classes > config.num_classes]:
+            raise InputError(f"data.params.{many[0]} has {parts[many[0]].num_classes} classes, the class embedder {config.num_classes}; raise its n_classes")
+    return RunData(parts["train"], parts.get("validation"), said["batch_size"], said["class_balance"], seed, autoencoder)
 
 
 def modern(options: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +200,7 @@ def modern(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"accelerator": "gpu", "devices": [int(k) for k in str(gpus).split(",") if k] if "," in str(gpus) else gpus}
 
 
-def _picture_logs(content: Mapping[str, Any], config: LDMConfig | AutoencoderConfig, folder: Path, data: RunData) -> list[Callback]:
+def _picture_logs(content: Mapping[str, Any], autoencoder: Autoencoder | None, folder: Path, data: RunData) -> list[Callback]:
     callbacks = _section(content, "lightning", "callbacks")
     check_names("lightning.callbacks", callbacks, ("image_logger",))
     said = _section(content, "lightning", "callbacks", "image_logger")
@@ -197,10 +208,12 @@ def _picture_logs(content: Mapping[str, Any], config: LDMConfig | AutoencoderCon
     for old in ("clamp", "rescale"):
         said.pop(old, None)
     common = ("batch_frequency", "max_images", "increase_log_steps")
-    if isinstance(config, LDMConfig):
-        check_names("image_logger", said, (*common, "num_steps", "cfg_scale"))
-        return [ImageLogger(folder / "images", load_autoencoder(config.first_stage, scale_factor=config.scale_factor), **said)]
-    check_names("image_logger", said, common)
+    check_names("image_logger", said, common if autoencoder is None else (*common, "num_steps", "cfg_scale"))
+    for name in ("batch_frequency", "max_images", "num_steps"):
+        if not isinstance(said.get(name, 1), int) or said.get(name, 1) < 1:
+            raise InputError(f"image_logger's {name} must be a whole number of at least 1, got {said[name]}")
+    if autoencoder is not None:
+        return [ImageLogger(folder / "images", autoencoder, **said)]
     pictures: Pixels = data.validation or data.train
     return [ReconstructionLogger(folder / "images", pictures, **said)]
 
@@ -234,6 +247,14 @@ def _trainer(options: Mapping[str, Any], folder: Path, callbacks: list[Callback]
         )  # fmt: skip
     except (TypeError, ValueError, RuntimeError, AssertionError, MisconfigurationException) as error:
         raise InputError(f"Lightning's Trainer refused its flags: {first_line(error)}") from None
+
+
+def _is_lightnings(error: Exception) -> bool:
+    """Whether Lightning itself raised it, no code that it called."""
+    raised = error.__traceback__
+    while raised.tb_next is not None:
+        raised = raised.tb_next
+    return raised.tb_frame.f_globals.get("__name__", "").startswith(("pytorch_lightning", "lightning_fabric"))
 
 
 def _logger(name: str, folder: Path) -> Logger:

@@ -2,7 +2,7 @@
 
     python ldm/main.py --base ldm/configs/emoji-small.yaml -t --run-dir runs/ldm-small
     python ldm/main.py --base ldm/configs/emoji-vq.yaml -t data.params.train.pictures=FOLDER     # a first stage
-    python ldm/main.py --base ldm/configs/cin-ldm-vq-f8.yaml -t --devices 8 --accelerator gpu data.params.train.features=features
+    python ldm/main.py --base ldm/configs/cin-ldm-vq-f8.yaml -t --devices 8 --accelerator gpu data.params.train.pictures=FOLDER
     python ldm/main.py --resume runs/ldm-small                                   # the same run goes on, to the same weights
     python ldm/main.py --base ldm/configs/emoji-small.yaml                       # without -t: say what would be trained
 
@@ -14,6 +14,7 @@ x base_learning_rate, unless --scale_lr false.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import re
 import sys
@@ -25,7 +26,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tstitch.cli import new_parser, run
+from tstitch.cli import new_parser, run, yes_or_no
 from tstitch.errors import InputError
 from tstitch.torchvision_compat import prepare_torchvision
 
@@ -35,7 +36,6 @@ import pytorch_lightning as pl
 from ldm.config import read_yaml
 from ldm.experiment import LOGGERS, build_experiment
 
-WORDS = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}  # LDM's truth values
 TRAINER_FLAGS = {
     "accelerator": "auto, cpu, gpu, mps", "devices": "how many processes, or their devices: 2, 0,1, auto", "num_nodes": "machines",
     "strategy": "how several devices share the work: ddp", "precision": "32-true, bf16-mixed, 16-mixed", "max_steps": "optimizer steps",
@@ -47,18 +47,17 @@ TRAINER_FLAGS = {
 OWN_FLAGS = {"logger", "callbacks", "default_root_dir", "plugins"}  # arguments of Lightning's Trainer that this script gives itself
 
 
-def yes_or_no(text: str) -> bool:
-    """Argument type: what LDM takes for a truth value."""
-    if text.lower() not in WORDS:
-        raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
-    return WORDS[text.lower()]
-
-
 def trainer_value(text: str) -> Any:  # noqa: ANN401  (whatever Lightning takes)
     """Argument type: a value as in yaml; 1e4 is a number, a time stays as it is written."""
     if re.fullmatch(r"\d+e\d+", text):
         return int(float(text))
-    return text if ":" in text else yaml.safe_load(text)
+    for number in (int, float):  # 1e-1 is no number in yaml
+        with contextlib.suppress(ValueError):
+            return number(text)
+    try:
+        return text if ":" in text else yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no value; write it as in a yaml file") from None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     switch = {"nargs": "?", "type": yes_or_no, "const": True, "default": False, "metavar": "true|false"}
     parser.add_argument("-b", "--base", nargs="*", action="extend", metavar="YAML", help="configurations, merged from left to right")
-    parser.add_argument("-t", "--train", **switch, help="train; without it only say what would be")
+    parser.add_argument("-t", "--train", **(switch | {"default": None}), help="train; without it only say what would be")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("-n", "--name", help="end of the run folder's name (default: that of the first configuration)")
     where.add_argument("-r", "--resume", type=Path, help="run folder, or a checkpoint in one, to go on with; its own configuration comes before --base")
@@ -96,6 +95,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("-p/--project does nothing in LDM either; leave it out, and name the run with --name or --run-dir")
     if not args.base and args.resume is None:
         raise InputError("no configuration; pass --base ldm/configs/emoji-small.yaml, or --resume a run folder")
+    if args.resume is not None and args.train is False:
+        raise InputError("--resume goes on with the training, -t false asks for none; leave one of them out")
+    if args.resume is not None and args.init_from is not None:
+        raise InputError("--resume goes on from the run's own weights, so --init-from has no use; leave one of them out")
+    if args.export is not None and not args.train and args.resume is None:
+        raise InputError("--export writes what was trained, and nothing is without -t; add it")
     return args
 
 
@@ -108,9 +113,17 @@ def _with_values(argv: list[str]) -> list[str]:
     full: list[str] = []
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         full.append(word)
-        if word in ("-t", "--train", "-d", "--debug", "--no-test") and following.lower() not in WORDS:
+        if word in ("-t", "--train", "-d", "--debug", "--no-test") and not _is_truth_value(following):
             full.append("true")
     return full
+
+
+def _is_truth_value(text: str) -> bool:
+    try:
+        yes_or_no(text)
+    except argparse.ArgumentTypeError:
+        return False
+    return True
 
 
 def find_run(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -145,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         flags,
         seed=began.get("seed", 23) if args.seed is None else args.seed,
         scale_lr=began.get("scale_lr", True) if args.scale_lr is None else args.scale_lr,
-        init_from=args.init_from,
+        init_from=args.init_from or began.get("init_from"),
         resumed=resumed,
         same=args.resume is None,
         loggers=args.logger or (),

@@ -21,6 +21,7 @@ _UNET_OPTIONS: dict[str, Any] = {
     "image_size": None, "in_channels": _NEEDED, "model_channels": _NEEDED, "out_channels": _NEEDED, "num_res_blocks": _NEEDED,
     "attention_resolutions": _NEEDED, "dropout": 0.0, "channel_mult": (1, 2, 4, 8), "num_classes": None, "num_heads": -1, "num_head_channels": -1,
     "use_scale_shift_norm": False, "use_spatial_transformer": _NEEDED, "transformer_depth": 1, "context_dim": _NEEDED,
+    "norm_num_groups": 32,  # ours: CompVis has no other; 32 groups of 32 channels would take every channel's mean away
 }  # fmt: skip
 _DDCONFIG_OPTIONS: dict[str, Any] = {
     "double_z": True, "z_channels": _NEEDED, "resolution": _NEEDED, "in_channels": _NEEDED, "out_ch": _NEEDED, "ch": _NEEDED, "ch_mult": (1, 2, 4, 8),
@@ -49,7 +50,7 @@ def build_ldm_unet(params: Mapping[str, Any]) -> UNet2DConditionModel:
         if not isinstance(options[name], int):
             raise InputError(f"UNetModel's {name} must be one number, got {options[name]}")
     channels = [options["model_channels"] * factor for factor in options["channel_mult"]]
-    _check_groups("model_channels", channels)
+    _check_groups("model_channels", channels, options["norm_num_groups"])
     attended = [2**level in list(options["attention_resolutions"]) for level in range(len(channels))]
     prepare_torchvision()  # diffusers imports it where it is installed
     from diffusers import UNet2DConditionModel
@@ -68,6 +69,7 @@ def build_ldm_unet(params: Mapping[str, Any]) -> UNet2DConditionModel:
         num_class_embeds=options["num_classes"],
         resnet_time_scale_shift="scale_shift" if options["use_scale_shift_norm"] else "default",
         dropout=options["dropout"],
+        norm_num_groups=options["norm_num_groups"],
     )
 
 
@@ -128,9 +130,9 @@ def _options(what: str, given: Mapping[str, Any], known: Mapping[str, Any], fixe
     return {name: given.get(name, default) for name, default in known.items()}
 
 
-def _check_groups(name: str, channels: Sequence[int]) -> None:
-    if any(width % 32 for width in channels):
-        raise InputError(f"all widths must be divisible by 32, the groups of the norms; {name} makes {list(channels)}")
+def _check_groups(name: str, channels: Sequence[int], groups: int = 32) -> None:
+    if any(width % groups for width in channels):
+        raise InputError(f"all widths must be divisible by {groups}, the groups of the norms; {name} makes {list(channels)}")
 
 
 def _heads(options: Mapping[str, Any], channels: Sequence[int]) -> list[int]:

@@ -250,12 +250,65 @@ def test_a_checkpoint_has_compvis_names_and_is_what_the_samplers_load(trained: t
         assert (loaded(x, t, y) - expected).abs().max() <= near
 
 
-def test_the_best_checkpoint_is_the_one_with_the_smallest_measure_and_pictures_are_drawn(trained: tuple) -> None:
-    folder = trained[0].folder
-    measured = {row["step"]: row["val/loss_simple_ema"] for row in log_rows(folder) if "val/loss_simple_ema" in row}
-    assert list(measured) == [6]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["epoch=000000-step=0000006.ckpt", "last.ckpt"]
-    assert Image.open(folder / "images" / "0000005.png").size[0] > 4 * 32
+def test_pictures_are_drawn(trained: tuple) -> None:
+    assert Image.open(trained[0].folder / "images" / "0000005.png").size[0] > 4 * 32
+
+
+def test_the_best_checkpoint_is_the_one_with_the_smallest_measure(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(self: CompVisModule, batch: object, batch_idx: int) -> None:
+        self.log_dict(dict.fromkeys(self.validated, {2: 0.3, 4: 0.1, 6: 0.2}[self.steps_done]), batch_size=1)
+
+    monkeypatch.setattr(CompVisModule, "validation_step", measure)
+    content = unet_run(features, accumulate_grad_batches=1, max_steps=6, val_check_interval=2)
+    content["lightning"]["modelcheckpoint"]["params"]["save_top_k"] = 1
+    build(content, tmp_path).fit(None)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["epoch=000000-step=0000004.ckpt", "last.ckpt"]
+
+
+class Stopper(pl.Callback):
+    """Ends a run as max_time does, after the third batch: in the middle of the second step."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: CompVisModule, outputs: object, batch: object, batch_idx: int) -> None:
+        trainer.should_stop = batch_idx == 2
+
+
+def test_a_run_that_time_ends_between_the_parts_of_a_step_finishes_the_step_and_goes_on_to_the_same_weights(features: Path, tmp_path: Path) -> None:
+    content = unet_run(features, max_steps=3)
+    content["lightning"]["modelcheckpoint"]["params"]["every_n_train_steps"] = 100
+    del content["data"]["params"]["validation"]
+    build(content, tmp_path / "whole").fit(None)
+    ended = build(content, tmp_path / "ended")
+    ended.trainer.callbacks.insert(0, Stopper())
+    ended.fit(None)
+    assert last(tmp_path / "ended")["global_step"] == 2
+    build(content, tmp_path / "ended", resumed=tmp_path / "ended" / "checkpoints" / "last.ckpt").fit(None)
+    a, b = (last(tmp_path / run) for run in ("whole", "ended"))
+    assert all(leaves(a[part]) == leaves(b[part]) for part in ("state_dict", "optimizer_states"))
+
+
+def test_a_checkpoint_holds_the_mean_of_every_process_s_sums(tmp_path: Path) -> None:
+    log = ldm.callbacks.LossLog(tmp_path / "log.jsonl")
+    log.sums, log._strategy = {"loss": torch.tensor(3.0)}, SimpleNamespace(reduce=lambda value, reduce_op: (value + 5) / 2)
+    assert log.state_dict()["sums"] == {"loss": 4.0}
+    assert log.sums == {"loss": 3.0}
+
+
+@pytest.mark.parametrize("about", [{"vae_hash": "0123"}, {"scaling_factor": 0.5}])
+def test_features_of_another_first_stage_are_refused(about: dict[str, Any], tmp_path: Path) -> None:
+    write_features(tmp_path / "f", np.zeros((4, 1, 8, 8, 8)), np.arange(4) % 3, num_classes=3, **({"vae": "other", "scaling_factor": 1.0} | about))
+    with pytest.raises(InputError, match="first stage"):
+        build(unet_run(tmp_path / "f"), tmp_path / "run")
+
+
+def test_pictures_are_encoded_where_training_is_by_the_autoencoder_that_draws(pictures: Path, tmp_path: Path) -> None:
+    content = unet_run(tmp_path)
+    content["data"]["params"] |= {part: {"pictures": str(pictures), "image_size": 32} for part in ("train", "validation")}
+    experiment = build(content, tmp_path)
+    data, logger = experiment.data, next(callback for callback in experiment.trainer.callbacks if isinstance(callback, ldm.callbacks.ImageLogger))
+    assert data.train.autoencoder is data.validation.autoencoder is logger.autoencoder is data.autoencoder
+    data.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    data.setup("fit")
+    assert {tensor.device.type for tensor in data.autoencoder.vae.state_dict().values()} == {data.autoencoder.device.type} == {"meta"}
 
 
 def test_two_devices_train_as_one_that_accumulates_twice(features: Path, tmp_path: Path) -> None:
@@ -407,6 +460,16 @@ def test_the_emoji_first_stages_halve_twice(kind: str) -> None:
         ("unet", "model.params.ignore_keys=[no_such]", "ignore_keys"), ("unet", "data.params.batch_size=0", "batch_size"),
         ("unet", "data.params.train.features=no_such", "no_such"), ("unet", "model.params.image_size=16", "image_size"),
         ("unet", "lightning.trainer.strategy=fsdp", "fsdp"), ("unet", "lightning.trainer.precision=no_such", "no_such"), ("unet", "no_such", "no_such"),
+        ("unet", "model.params.cond_stage_config.params.embed_dim=16", "context_dim is 8, .* 16"),
+        ("unet", "model.params.unet_config.params.in_channels=3", "in_channels is 3, .* 4"),
+        ("unet", "model.params.unet_config.params.num_classes=3", "num_classes"), ("unet", "model.params.unet_config.params.image_size=null", "image_size"),
+        ("unet", "model.params.cond_stage_config.params.n_classes=3", "train has 3 classes, the class embedder 2"),
+        ("unet", "lightning.callbacks.image_logger.batch_frequency=0", "batch_frequency"), ("unet", "--seed=-1", "seed"),
+        ("unet", "model.params.snr_gamma=5 model.params.l_simple_weight=0.5", "l_simple_weight"),
+        ("unet", "model.params.snr_gamma=5 model.params.original_elbo_weight=0.1", "original_elbo_weight"),
+        ("unet", "model.params.snr_gamma=5 model.params.learn_logvar=true", "learn_logvar"),
+        ("unet", "--resume=x -t false", "-t false"), ("unet", "--export=x", "--export"),
+        ("unet", "--resume=x --init-from=y", "--init-from"),
         ("vq", "model.params.no_such=1", "no_such"), ("vq", "model.params.lossconfig.params.no_such=1", "no_such"),
         ("vq", "model.params.lossconfig.params.disc_loss=vanilla", "disc_loss"), ("vq", "model.params.lossconfig.target=no_such", "no_such"),
         ("vq", "data.params.train.image_size=16", "resolution"), ("vq", "data.params.train.features=x", "pictures"),
@@ -416,8 +479,35 @@ def test_the_emoji_first_stages_halve_twice(kind: str) -> None:
 def test_what_is_unknown_or_does_not_fit_is_refused_by_its_name(kind: str, override: str, named: str, features: Path, pictures: Path, tmp_path: Path) -> None:
     content = unet_run(features) if kind == "unet" else first_stage_run(pictures, kind)
     with pytest.raises(InputError, match=named):
-        script.main(["--base", saved(tmp_path / "run.yaml", content), override, "--run-dir", str(tmp_path / "run")])
+        where = [] if "--resume" in override else ["--run-dir", str(tmp_path / "run")]
+        script.main(["--base", saved(tmp_path / "run.yaml", content), *override.split(), *where])
     assert not (tmp_path / "run").exists()
+
+
+def test_what_lightning_refuses_is_one_sentence_and_what_our_code_raises_is_a_defect(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="Lightning refused the run: .*val_check_interval"):
+        build(unet_run(features, val_check_interval=99), tmp_path).fit(None)
+    monkeypatch.setattr(LatentDiffusion, "training_step", lambda *args: int("no number"))
+    with pytest.raises(ValueError, match="no number") as caught:
+        build(unet_run(features), tmp_path).fit(None)
+    assert not isinstance(caught.value, InputError)
+
+
+def test_validation_data_may_not_have_more_classes_than_the_embedder(features: Path, tmp_path: Path) -> None:
+    write_features(tmp_path / "few", np.zeros((4, 1, 8, 8, 8)), np.zeros(4), num_classes=1, vae="none", scaling_factor=1.0)
+    content = unet_run(features)
+    content["data"]["params"]["train"] = {"features": str(tmp_path / "few")}
+    content["model"]["params"]["cond_stage_config"]["params"] |= {"n_classes": 2}
+    with pytest.raises(InputError, match="validation has 3 classes, the class embedder 1"):
+        build(content, tmp_path / "run")
+
+
+def test_trainer_flags_are_numbers_where_they_look_like_one(capsys: pytest.CaptureFixture) -> None:
+    values = {"1e4": 10_000, "1e-1": 0.1, "0.5": 0.5, "8": 8, "0,1": "0,1", "true": True, "00:01:00:00": "00:01:00:00", "bf16-mixed": "bf16-mixed"}
+    assert {text: script.trainer_value(text) for text in values} == values
+    with pytest.raises(SystemExit):
+        script.parse_args(["-b", "x", "--precision", "["])
+    assert "argument --precision" in capsys.readouterr().err
 
 
 def test_overrides_may_stand_anywhere_and_files_merge_from_left_to_right(tmp_path: Path) -> None:
@@ -460,6 +550,8 @@ def test_a_run_goes_on_as_it_was_begun_or_says_what_differs(trained: tuple, tmp_
     assert (experiment.folder / "log.jsonl").read_text() == before
     with pytest.raises(InputError, match=r"model\.params\.snr_gamma=None, run\.seed=23"):
         script.main([*again, "model.params.snr_gamma=5.0", "--seed", "3", "--max_steps", "9"])
+    with pytest.raises(InputError, match=r"run\.init_from=None"):
+        script.main([*again, "--init-from", "other.ckpt"])
     with pytest.raises(InputError, match="step 7 already"):
         script.main(["--resume", str(experiment.folder), "--max_steps", "5"])
     script.main(["--resume", str(experiment.folder), "--max_steps", "8", "lightning.modelcheckpoint.params.every_n_train_steps=100"])
