@@ -103,11 +103,14 @@ def check_pair(folder: Path, unet_folder: str, text_encoder: Path | None) -> Non
 
 
 def build_unet(channels: tuple[int, ...], latent_shape: tuple[int, ...], text_width: int) -> UNet2DConditionModel:
-    """One block a level; the text reaches the lowest by cross-attention, and every block, pooled, together with the timestep: at 16x16 that is all but free."""
+    """One block a level; the text reaches the lowest by cross-attention, and every block, pooled, together with the timestep: at 16x16 that is all but free.
+
+    Norms go over groups of four channels and more: a channel that is a group of its own would lose its mean, and with it the colours of a picture.
+    """
     return UNet2DConditionModel(
         sample_size=latent_shape[-1], in_channels=latent_shape[0], out_channels=latent_shape[0], block_out_channels=channels, layers_per_block=1,
         down_block_types=("DownBlock2D",) * len(channels), up_block_types=("UpBlock2D",) * len(channels), cross_attention_dim=text_width,
-        attention_head_dim=4, norm_num_groups=8, addition_embed_type="text", addition_embed_type_num_heads=4,
+        attention_head_dim=4, norm_num_groups=channels[0] // 4 if channels[0] < 32 else 8, addition_embed_type="text", addition_embed_type_num_heads=4,
     )  # fmt: skip
 
 

@@ -143,6 +143,7 @@ def run_in_process(arguments: list[str], die: tuple[str, int] | None = None) -> 
 
 
 def _child(arguments: list[str], die: tuple[str, int] | None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it, and its children inherit that
     torch.set_num_threads(1)
     os.chdir(ROOT)
     calls = 0

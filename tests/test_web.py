@@ -303,10 +303,18 @@ class Browser:
         self.type(".steps input", "4")
 
     def generate(self, button: str = ".generate") -> list[str]:
-        """Press a button, wait for other pictures than before."""
+        """Press a button, wait for other pictures than before; the two sides change one after the other, so until they rest."""
         before = self.pictures()
         self.click(button)
-        return self.until(lambda: (now := self.pictures()) and now != before and len(now) == 2 and now)
+
+        def rested() -> list[str] | bool:
+            now = self.pictures()
+            if now == before or len(now) != 2:
+                return False
+            time.sleep(1)
+            return self.pictures() == now and now
+
+        return self.until(rested)
 
     def message(self) -> str:
         """The text of a message that has just come up; it is closed."""
@@ -335,7 +343,7 @@ def read(url: str) -> np.ndarray:
 
 @in_chromium
 def test_the_page_opens_offline_with_a_picture_and_without_a_complaint(browser: Browser) -> None:
-    assert [tab.text for tab in browser.all("button[role=tab]")] == ["DiT emoji", "SiT emoji", "Tiny SD", "Stable Diffusion", "Broken"]
+    assert [tab.text for tab in browser.all("button[role=tab]")] == ["DiT emoji", "SiT emoji", "LDM emoji", "Tiny SD", "Stable Diffusion", "Broken"]
     browser.until(lambda: len(browser.pictures()) == 2)
     assert browser.headline().startswith("S:40 L:60")
     assert len(browser.all(".plot .dot")) == 11 and len(browser.all(".plot .dot.chosen")) == 1
