@@ -111,7 +111,7 @@ def _is_override(text: str) -> bool:
 def _with_values(argv: list[str]) -> list[str]:
     """`-t key=value` as `-t true key=value`: a switch takes the next word for its value only where that is a truth value."""
     full: list[str] = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv, ""][1:], strict=True):
         full.append(word)
         if word in ("-t", "--train", "-d", "--debug", "--no-test") and not _is_truth_value(following):
             full.append("true")
@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if experiment.trainer.is_global_zero:
         print(experiment.describe(), flush=True)
+        if not args.train and args.resume is None:
+            print("nothing was trained; add -t")
     if args.train or args.resume is not None:
         try:
             experiment.fit(args.export)

@@ -575,3 +575,8 @@ def test_a_run_begins_with_the_weights_that_it_is_given(trained: tuple, tmp_path
     assert leaves(compvis_state_dict(begun.average)) == leaves(parts.ema[0])
     named = {**experiment.content, "model": experiment.content["model"] | {"params": experiment.content["model"]["params"] | {"ckpt_path": str(path)}}}
     assert leaves(compvis_state_dict(build(named, tmp_path).model.network)) == leaves(parts.unets[0])
+
+
+def test_no_arguments_at_all_get_one_sentence() -> None:
+    with pytest.raises(InputError, match="no configuration; pass --base"):
+        script.main([])
