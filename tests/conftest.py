@@ -22,6 +22,10 @@ from tstitch.torchvision_compat import prepare_torchvision
 prepare_torchvision()  # tests import diffusers
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the laws of training are bit for bit, which they are on a CPU
 
+# A process and those that it starts compute with as many threads, or sums differ in their last bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
