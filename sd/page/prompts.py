@@ -96,7 +96,7 @@ class PromptBackbone:
             "--prompt": [request.subject], "--negative_prompt": [request.negative_prompt] if request.negative_prompt and request.guidance > 1 else [],
             "--ratios": [f"{r:g}" for r in dict.fromkeys([0.0, *(schedule.fractions[0] for schedule in schedules)])],
             "--num-images": [str(request.count)], "--steps": [str(request.num_steps)], "--guidance": [f"{request.guidance:g}"],
-            "--seed": [str(request.seed)], "--large": [request.large], "--small": [] if self.bundled else [request.small],
+            "--seed": [str(request.seed)], "--large": ["emoji"] if self.bundled else [request.large], "--small": [] if self.bundled else [request.small],
         }  # fmt: skip
         return f"python {self.script} " + " ".join(f"{word} {shlex.join(values)}" for word, values in words.items() if values)
 
