@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dit.inference import InferenceDiT, prepare_for_inference
 from dit.models import DiT, DiT_models
 from tstitch.checkpoints import read_checkpoint
 from tstitch.checkpoints.convert import as_sized
@@ -59,8 +60,11 @@ def load_dit(path: str | Path, name: str | None = None, **told: Any) -> DiT:  # 
     return DiT.from_published(published, path)
 
 
-def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile], posenc: str | None = None) -> list[DiT]:
-    """Load the denoisers of a sampling plan onto its device, in its number type; `posenc` counts where a file does not say its position encoding.
+def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile], posenc: str | None = None) -> list[InferenceDiT]:
+    """Load the denoisers of a sampling plan onto its device, in its number type, ready to walk its timesteps.
+
+    Args:
+        posenc: counts where a file does not say its position encoding.
 
     Raises:
         InputError: if a file is missing or damaged, or was trained for other pictures or classes.
@@ -69,5 +73,5 @@ def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile], posenc: st
     for file in files:
         model = load_dit(file.path, file.model, input_size=plan.latent_size, num_classes=plan.num_classes, posenc=posenc)
         plan.check_fit(model, file.path)
-        denoisers.append(model.to(plan.device, plan.dtype))
+        denoisers.append(prepare_for_inference(model.to(plan.device, plan.dtype), plan.solver.timesteps, plan.compile))
     return denoisers

@@ -70,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 256:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+        return scores.softmax(dim=-1).to(v.dtype) @ v  # the kernel sums in float32, and autocast has it answer so
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -200,6 +200,13 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+def unpatchify(x: Tensor, patch_size: int, channels: int) -> Tensor:
+    """Put patches back: (N, T, p * p * C) -> (N, C, H, W); within a token the channel runs fastest."""
+    p, grid = patch_size, math.isqrt(x.shape[1])
+    x = x.view(len(x), grid, grid, p, p, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), channels, grid * p, grid * p)
+
+
 class DiT(nn.Module):
     """Class-conditional denoiser of latents.
 
@@ -242,6 +249,8 @@ class DiT(nn.Module):
         }  # fmt: skip
         self.in_channels, self.patch_size, self.num_classes = in_channels, patch_size, num_classes
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.returned_channels = self.out_channels  # of what the last layer makes
+        self.posenc = posenc
         self.latent_shape = (in_channels, input_size, input_size)
         self.gradient_checkpointing = False  # True: training keeps no activations inside blocks and computes them again, 1/3 more work for much less memory
         grid = input_size // patch_size
@@ -292,10 +301,8 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """Put patches back: (N, T, p * p * C) -> (N, C, H, W); within a token the channel runs fastest."""
-        p, grid = self.patch_size, math.isqrt(x.shape[1])
-        x = x.view(len(x), grid, grid, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, grid * p, grid * p)
+        """Put patches back: (N, T, p * p * C) -> (N, C, H, W)."""
+        return unpatchify(x, self.patch_size, self.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict eps (and the variance values) for noisy latents.
@@ -320,7 +327,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             h = checkpoint(block, h, c, rotation, use_reentrant=False) if recompute else block(h, c, rotation)  # (N, T, D)
         h = self.final_layer(h, c)  # (N, T, p * p * C_out)
-        return self.unpatchify(h).to(x.dtype)  # (N, C_out, H, W)
+        return self.unpatchify(h).to(x.dtype)
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float) -> Tensor:
         """Guided prediction with the published calling convention.

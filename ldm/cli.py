@@ -17,6 +17,7 @@ from ldm.denoiser import LatentDenoiser
 from ldm.networks import build_ldm_first_stage
 from ldm.sampling import RandomUncondWalker, ldm_diffusion, published_schedule
 from tstitch.cli import SamplingPlan, sampling_plan
+from tstitch.compiled import Compiled
 from tstitch.diffusion import GaussianDiffusion
 from tstitch.errors import InputError
 from tstitch.presets import LDM_PRESETS, DenoiserFile, Preset, get_preset
@@ -129,6 +130,8 @@ def _load(plan: SamplingPlan, files: Sequence[DenoiserFile], config: LDMConfig |
         (model,) = load_ldm_denoisers(file.path, None if config is None else [config.unets[k]], plan.num_classes, use)
         plan.check_fit(model, file.path)
         denoisers.append(model.to(plan.device, plan.dtype))
+        if plan.compile:
+            model.forward = Compiled(model.forward, plan.device, plan.dtype)
     return denoisers
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dit.inference import prepare_for_inference
 from dit.models import DiT
 from sit.bridge import Bridge, Diffusion, Flow
 from sit.cli import TRANSPORT_WORDS, equation_from, transport_from
@@ -85,13 +86,14 @@ def mark_dits(args: argparse.Namespace, files: Sequence[DenoiserFile]) -> list[D
     return [replace(file, model="DiT") if flag in args.dit else file for flag, file in zip(flags, files, strict=True)]
 
 
-def load_flows(plan: SamplingPlan, files: Sequence[DenoiserFile], given: Mapping[str, Any] | None = None) -> list[Denoiser]:
+def load_flows(plan: SamplingPlan, files: Sequence[DenoiserFile], given: Mapping[str, Any] | None = None, prepare: bool = True) -> list[Denoiser]:
     """Load the models of a sampling plan onto its device, in its number type, as models of its flow.
 
     A DiT, or a SiT that was trained on another path or for another prediction, is carried over by a `Bridge`.
 
     Args:
         given: words of the command line about the flow, for files that do not say it; without them Linear, velocity, as published.
+        prepare: make them fast to call; False for a likelihood, which differentiates by x.
 
     Raises:
         InputError: if a file is missing or damaged, or was trained for other pictures, latents or classes.
@@ -104,7 +106,9 @@ def load_flows(plan: SamplingPlan, files: Sequence[DenoiserFile], given: Mapping
         kind, name = (DiT, None) if is_dit(checkpoint) or file.model == "DiT" else (SiT, file.model)
         model = _load(kind, checkpoint, name, {"input_size": plan.latent_size, "num_classes": plan.num_classes})
         plan.check_fit(model, file.path)
-        model = model.to(plan.device, plan.dtype).requires_grad_(False)  # a likelihood differentiates by x alone
+        model = model.to(plan.device, plan.dtype).requires_grad_(False)
+        if prepare:
+            model = prepare_for_inference(model, compile=plan.compile)
         own = create_transport(**(dict(given or {}) | said))
         if kind is DiT:
             models.append(Bridge(model, Diffusion(), transport))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,10 @@ class SiT(DiT):
     With learn_sigma, as published, the last layer has twice the channels and only the first half is used.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401  (the arguments of DiT)
+        super().__init__(*args, **kwargs)
+        self.returned_channels = self.in_channels
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict velocity, score or noise, whichever it was trained for.
 
@@ -31,7 +36,7 @@ class SiT(DiT):
         Returns:
             (N, C, H, W).
         """
-        return super().forward(x, t, y)[:, : self.in_channels]
+        return super().forward(x, t, y)[:, : self.returned_channels]
 
 
 SiT_models: dict[str, Callable[..., SiT]] = {name.replace("DiT", "SiT"): partial(SiT, **build.keywords) for name, build in DiT_models.items()}

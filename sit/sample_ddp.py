@@ -63,7 +63,7 @@ def choose(args: argparse.Namespace, plan: SamplingPlan) -> tuple[list[DenoiserF
 def likelihood(ranks: Ranks, args: argparse.Namespace, plan: SamplingPlan, file: DenoiserFile) -> None:
     """Measure the likelihood of data under one model."""
     with ranks.agree():
-        (model,) = load_flows(plan, [file], given_words(args))
+        (model,) = load_flows(plan, [file], given_words(args), prepare=False)
         data = open_likelihood_data(args, image_size=plan.image_size, num_classes=plan.num_classes, vae=plan.vae, device=plan.device)
     ode: ODE = plan.walker.ode
     measure_likelihood(

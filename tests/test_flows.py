@@ -304,7 +304,7 @@ def test_what_a_file_does_not_say_is_the_command_line_s_or_published(weights: li
     small, large = load_flows(plan, files)
     assert isinstance(small, Bridge) and (small.process.transport.name, small.process.transport.prediction) == ("Linear", "velocity")
     assert isinstance(large, Bridge)  # which says that it is of the Linear path
-    assert isinstance(load_flows(plan, files[:1], {"path_type": "GVP", "prediction": "noise"})[0], SiT)
+    assert isinstance(load_flows(plan, files[:1], {"path_type": "GVP", "prediction": "noise"}, prepare=False)[0], SiT)
 
 
 def test_a_dit_is_known_by_what_it_says_or_by_the_flag(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_dit_is_known_by_what_it_says_or_by_the_flag(tmp_path: Path) -> None:
     plan = replace(plan, walker=ODEWalker(ODE(create_transport(), "euler")))
     args = sample_t_stitch.parse_args(["ODE", "--dit", "s"])
     files = mark_dits(args, [DenoiserFile("S", "emoji-small", tmp_path / "bare.pt"), DenoiserFile("L", "emoji-large", tmp_path / "fast.pt")])
-    assert all(isinstance(model, Bridge) and type(model.model) is DiT for model in load_flows(plan, files))
+    assert all(isinstance(model, Bridge) and type(model.model) is DiT for model in load_flows(plan, files, prepare=False))
 
 
 def test_places_are_where_the_noise_level_is_the_asked_one() -> None:

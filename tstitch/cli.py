@@ -22,6 +22,7 @@ from tstitch.noise import SampleNoise
 from tstitch.presets import PRESETS, RECIPES, DenoiserFile, Preset, Recipe, get_preset, get_recipe
 from tstitch.schedule import RULES, StitchSchedule, two_way_ratios
 from tstitch.solvers import SOLVERS, Solver, create_solver
+from tstitch.sweep import UNMEASURED
 from tstitch.walker import SolverWalker, Walker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,10 +136,14 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, dif
     group.add_argument("--cfg-scale", type=float, help="uncond + scale * (cond - uncond); 1 turns guidance off")
     group.add_argument("--cfg-channels", metavar="N|all", help="how many latent channels are guided; published DiT samples guide 3 of 4")
     group.add_argument("--global-seed" if fid else "--seed", dest="seed", type=int, default=0, metavar="SEED", help="picture i is made from seed + i alone")
-    group.add_argument("--max-batch", type=positive_int, default=64, metavar="N", help="most pictures in one denoiser call, before guidance doubles them")
+    group.add_argument(
+        "--max-batch", type=positive_int, default=None if diffusion else UNMEASURED, metavar="N",
+        help="most pictures in one denoiser call, before guidance doubles them" + (" (default: what is fastest, measured while sampling)" if diffusion else ""),
+    )  # fmt: skip
     group.add_argument("--vae", help="mse or ema (the Stable Diffusion autoencoders), a folder in diffusers format, a hub name, or none for models of pixels")
     group.add_argument("--dtype", choices=DTYPES, default="fp32", help="number type of the denoisers' weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument("--compile", action="store_true", help="torch.compile the denoisers: a minute each, once; pays on a GPU, seldom on a CPU")
 
 
 def add_ratio_args(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +187,8 @@ class SamplingPlan:
     vae: Source
     device: torch.device
     dtype: torch.dtype
-    max_batch: int
+    max_batch: int | None  # None: the walker measures
+    compile: bool = False
     recipe: Recipe | None = None
     learned_null: bool = True  # guidance asks the models for the null label that they learned; False where the walker brings another
     also: Mapping[str, object] = field(default_factory=dict)  # settings of the backbone
@@ -289,7 +295,8 @@ def sampling_plan(
         vae=NAMED_VAES.get(args.vae, args.vae or preset.vae),
         device=parse_device(args.device),
         dtype=DTYPES[args.dtype],
-        max_batch=args.max_batch or args.per_proc_batch_size,
+        max_batch=args.max_batch or getattr(args, "per_proc_batch_size", None),
+        compile=args.compile,
         recipe=recipe,
     )
 
