@@ -18,10 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
-from tstitch.autoencoder import Autoencoder
 from tstitch.cli import add_ratio_args, add_sampling_args, add_switch_arg, add_weights_args, choose_ratios, new_parser, run, sampling_plan, stitched_files
 from tstitch.files import check_folder
-from tstitch.tradeoff import compare, report, save
+from tstitch.tradeoff import compare_and_save
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,14 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     files = stitched_files(args, plan, three=bool(args.three_combo))
     folder = args.save_dir or Path("figures") / f"seed_{args.seed}"
     check_folder(folder)
-    denoisers = load_denoisers(plan, files)
-    autoencoder = Autoencoder(plan.vae, plan.device)
-    for denoiser in denoisers:
-        autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
-    comparison = compare(plan, denoisers, files, schedules, autoencoder)
-    report(comparison)
-    save(folder, plan, comparison)
-    print(f"wrote {folder}")
+    compare_and_save(folder, plan, load_denoisers(plan, files), files, schedules)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
 from tstitch.cli import add_sampling_args, new_parser, run, sampling_plan
-from tstitch.emoji_sweep import add_sweep_args, sweep, sweep_table
+from tstitch.emoji_sweep import add_sweep_args, show, sweep
 from tstitch.generate import join_ranks
-from tstitch.plots import plot_tradeoff
 from tstitch.schedule import StitchSchedule, two_way_ratios
 
 # Denoisers 0 and 2 of small, base, large.
@@ -44,17 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         with ranks.agree():
             plan = sampling_plan(args)
         rows = sweep(args, ranks, plan, plan.preset.denoisers, [*RATIOS, *THREE_MODEL_MIXES], load_denoisers)
-    if not rows:
-        return
-    print(sweep_table(rows))
-    parts = {"small, large": rows[: len(RATIOS)], "small, base, large": rows[len(RATIOS) :]}
-    plot_tradeoff(
-        args.out.with_suffix(".png"),
-        {name: [(1 / row["sampling_speed_up"], row["fd_emoji"], row["name"]) for row in part] for name, part in parts.items()},
-        xlabel="cost of sampling relative to the large model alone",
-        ylabel="FD-emoji (comparable only with itself)",
-        lines=["small, large"],
-    )
+    show(args.out, {"small, large": rows[: len(RATIOS)], "small, base, large": rows[len(RATIOS) :]})
 
 
 if __name__ == "__main__":

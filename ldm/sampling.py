@@ -21,6 +21,7 @@ from tstitch.noise import SampleNoise
 from tstitch.sampling import Noise
 from tstitch.schedule import StitchSchedule
 from tstitch.solvers import PLMS, Solver
+from tstitch.sweep import UNMEASURED
 from tstitch.walker import Guidances, OnEvaluation, SolverWalker, Walked
 
 __all__ = ["PLMS", "RandomUncondWalker", "ddim_timesteps", "draw_unconditional", "ldm_betas", "ldm_diffusion", "published_schedule"]
@@ -122,9 +123,10 @@ class RandomUncondWalker(SolverWalker):
 
     def walk(
         self, denoisers: Sequence[LatentDenoiser], x_T: Tensor, y: Tensor, *, schedules: Sequence[StitchSchedule], guidance: Guidances, noise: Noise | None,
-        max_batch: int, callback: OnEvaluation | None = None,
+        max_batch: int | None = None, callback: OnEvaluation | None = None,
     ) -> Walked:  # fmt: skip
         """See `tstitch.sweep.sample_many`. At most max_batch samples are walked together, since a row finds its own context only in whole batches."""
+        max_batch = max_batch or UNMEASURED
         walked, parts = [], torch.arange(len(x_T)).split(max_batch)
         for rows in parts:
             share = len(rows) / len(x_T)
@@ -134,7 +136,8 @@ class RandomUncondWalker(SolverWalker):
                 walked.append(
                     super().walk(denoisers, x_T[rows], y[rows], schedules=schedules, guidance=guidance, noise=own, max_batch=whole, callback=told)
                 )  # fmt: skip
-        return Walked([torch.cat(latents) for latents in zip(*(part.latents for part in walked), strict=True)], walked[0].evaluations)
+        latents = [torch.cat(each) for each in zip(*(part.latents for part in walked), strict=True)]
+        return Walked(latents, walked[0].evaluations, walked[0].max_batch)
 
     def evaluation_seconds(
         self, denoisers: Sequence[Denoiser], x: Tensor, y: Tensor, *, guidance: Guidances, noise: Noise | None, repeats: int = 7

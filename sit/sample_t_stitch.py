@@ -20,11 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sit.checkpoints import flow_plan, load_flows, mark_dits
 from sit.cli import add_dit_arg, add_equation_args, given_words
-from tstitch.autoencoder import Autoencoder
 from tstitch.cli import add_ratio_args, add_sampling_args, add_weights_args, choose_ratios, new_parser, run, sampling_plan, stitched_files
 from tstitch.files import check_folder
 from tstitch.presets import SIT_PRESETS
-from tstitch.tradeoff import compare, report, save
+from tstitch.tradeoff import compare_and_save
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,14 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.save_dir or Path("figures") / f"sit_seed_{args.seed}"
     check_folder(folder)
     plan = flow_plan(args, plan, files)
-    denoisers = load_flows(plan, files, given_words(args))
-    autoencoder = Autoencoder(plan.vae, plan.device)
-    for denoiser in denoisers:
-        autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
-    comparison = compare(plan, denoisers, files, schedules, autoencoder)
-    report(comparison)
-    save(folder, plan, comparison)
-    print(f"wrote {folder}")
+    compare_and_save(folder, plan, load_flows(plan, files, given_words(args)), files, schedules)
 
 
 if __name__ == "__main__":

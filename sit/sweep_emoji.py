@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sit.checkpoints import flow_plan, load_flows, mark_dits
 from sit.cli import add_dit_arg, add_equation_args, given_words
 from tstitch.cli import add_sampling_args, add_weights_args, new_parser, run, sampling_plan, stitched_files
-from tstitch.emoji_sweep import add_ratios_arg, add_sweep_args, choose_ratios, sweep, sweep_table
+from tstitch.emoji_sweep import add_ratios_arg, add_sweep_args, choose_ratios, show, sweep
 from tstitch.generate import join_ranks
-from tstitch.plots import plot_tradeoff
 from tstitch.presets import SIT_PRESETS
 
 
@@ -48,16 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             plan = flow_plan(args, plan, files, alone=False)
             schedules = choose_ratios(args)
         rows = sweep(args, ranks, plan, files, schedules, partial(load_flows, given=given_words(args)))
-    if not rows:
-        return
-    print(sweep_table(rows))
-    plot_tradeoff(
-        args.out.with_suffix(".png"),
-        {"small, large": [(1 / row["sampling_speed_up"], row["fd_emoji"], row["name"]) for row in rows]},
-        xlabel="cost of sampling relative to the large model alone",
-        ylabel="FD-emoji (comparable only with itself)",
-        title=plan.walker.describe(),
-    )
+    show(args.out, {"small, large": rows}, plan.walker.describe())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ldm.checkpoints import LDMCheckpoint, LDMFacts, compvis_state_dict, load_ld
 from ldm.config import FirstStageConfig
 from ldm.networks import build_ldm_first_stage, build_ldm_unet
 from ldm.scripts import sample_imagenet_32_t_stitch, sample_imagenet_ddp_t_stitch, sweep_emoji
-from tstitch import generate, metrics
+from tstitch import generate, metrics, tradeoff
 from tstitch.autoencoder import Autoencoder, AutoencoderFile, to_uint8
 from tstitch.checkpoints import save_weights
 from tstitch.cli import run
@@ -93,7 +93,7 @@ def pictures(arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
     """What the picture script makes: uint8 (N, schedules, 3, H, W)."""
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(sample_imagenet_32_t_stitch, "save", lambda folder, plan, comparison: seen.append(comparison.images))
+        patch.setattr(tradeoff, "save", lambda folder, plan, comparison: seen.append(comparison.images))
         sample_imagenet_32_t_stitch.main([*arguments, "--save_dir", str(folder)])
     return seen[0]
 

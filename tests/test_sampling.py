@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from dit.models import attend
+from tstitch import sweep
 from tstitch.diffusion import GaussianDiffusion, create_diffusion, named_betas
 from tstitch.errors import InputError
 from tstitch.guidance import AutoGuidance, ClassifierFreeGuidance
@@ -19,7 +21,8 @@ from tstitch.noise import SampleNoise
 from tstitch.sampling import sample
 from tstitch.schedule import StitchSchedule, three_way_allocations, two_way_ratios
 from tstitch.solvers import DDIM, DDPM, DPMSolverPP, create_solver
-from tstitch.sweep import count_evaluations, sample_many
+from tstitch.sweep import BatchSize, count_evaluations, sample_many
+from tstitch.walker import SolverWalker
 
 DATA_STD = 0.5
 SOLVERS = {"ddim": lambda d: DDIM(d), "ddim_eta": lambda d: DDIM(d, eta=0.7), "ddpm": lambda d: DDPM(d), "dpm++": lambda d: DPMSolverPP(d)}
@@ -195,6 +198,83 @@ def test_max_batch_bounds_every_call() -> None:
     x_T, y = torch.randn(4, 1, 2, 2), torch.zeros(4, dtype=torch.long)
     sample_many([denoiser, denoiser], x_T, y, schedules=two_way_ratios(), solver=DDIM(create_diffusion("10", learn_sigma=False)), max_batch=5)
     assert largest == 5
+
+
+def test_a_measured_batch_gives_what_each_schedule_gives_alone_and_computes_nothing_twice(small_and_large) -> None:
+    calls = [0, 0]
+
+    def counted(k: int):
+        def denoiser(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            calls[k] += len(x)
+            return small_and_large[k](x, t, y)
+
+        return denoiser
+
+    noise, y, schedules = SampleNoise(range(3)), torch.tensor([1, 5, 9]), two_way_ratios()
+    settings = {"solver": DDIM(create_diffusion("10")), "noise": noise}
+    x_T, denoisers = noise.latents((4, 8, 8)), [counted(0), counted(1)]
+    sizes = [BatchSize(None, x_T.device) for _ in denoisers]
+    together = sample_many(denoisers, x_T, y, schedules=schedules, max_batch=sizes, **settings)
+    assert calls == [3 * 10, 3 * 55]
+    assert sizes[0].size == 8  # the small model never has as many samples
+    for schedule, x_0 in zip(schedules, together, strict=True):
+        alone = sample(small_and_large, x_T, y, schedule=schedule, **settings)
+        assert (x_0 - alone).abs().max() < 1e-4 * alone.abs().max().clamp(min=1), schedule
+
+
+@pytest.mark.parametrize("given", [5, None])
+def test_a_walk_says_how_many_samples_shared_a_call(small_and_large, given: int | None) -> None:
+    noise, made = SampleNoise(range(3)), []
+    denoisers = [lambda x, t, y, model=model: made.append(len(x)) or model(x, t, y) for model in small_and_large]
+    walked = SolverWalker(DDIM(create_diffusion("4"))).walk(
+        denoisers, noise.latents((4, 8, 8)), torch.tensor([1, 5, 9]), schedules=two_way_ratios(), guidance=None, noise=noise, max_batch=given
+    )
+    assert walked.max_batch == [5, 5] if given else all(size in made + [8] for size in walked.max_batch)
+
+
+def calls_of_sizes(seconds: Callable[[int], float], monkeypatch: pytest.MonkeyPatch, rows: int, rounds: int) -> tuple[BatchSize, list[int]]:
+    """Sizes of the calls that a measured batch makes of `rows` samples, `rounds` times, where a call of n takes seconds(n)."""
+    clock, made = [0.0], []
+    monkeypatch.setattr(sweep.time, "process_time", lambda: clock[0])
+
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        clock[0] += seconds(len(x))
+        made.append(len(x))
+        return x + 1
+
+    size, x = BatchSize(None, torch.device("cpu")), torch.randn(rows, 2)
+    for _ in range(rounds):
+        assert torch.equal(size.run(call, x, torch.zeros(rows)), x + 1)
+    return size, made
+
+
+def test_a_batch_becomes_the_fastest_and_trying_costs_two_calls_of_each_other_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, made = calls_of_sizes(lambda n: 1 + 0.1 * n if n <= 32 else 0.2 * n, monkeypatch, rows=200, rounds=4)
+    assert size.size == 32 and made[:8] == [8, 8, 16, 16, 32, 32, 64, 24] and made[-7:] == [32] * 6 + [8]
+    assert made.count(64) == 2
+    size, made = calls_of_sizes(lambda n: n**1.5, monkeypatch, rows=20, rounds=9)
+    assert size.size == 1 and made.count(16) == 2 and made[-20:] == [1] * 20
+    size, made = calls_of_sizes(lambda n: float(n), monkeypatch, rows=100, rounds=4)
+    assert size.size == 8 and made[-13:] == [8] * 12 + [4]  # no other is faster
+    size, made = calls_of_sizes(lambda n: 1.0, monkeypatch, rows=1000, rounds=3)
+    assert size.size == max(made) == 64
+    size, made = calls_of_sizes(lambda n: 1.0, monkeypatch, rows=7, rounds=3)
+    assert made == [7, 7, 7]
+
+
+def test_a_measured_batch_stays_within_memory_and_a_given_one_says_that_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def little_memory(n: int) -> float:
+        if n > 11:
+            raise torch.OutOfMemoryError("no")
+        return 1.0
+
+    size, made = calls_of_sizes(little_memory, monkeypatch, rows=40, rounds=4)
+    assert size.size == 8 and max(made) == 8 and made.count(4) == 2
+    monkeypatch.undo()
+    with pytest.raises(torch.OutOfMemoryError):
+        BatchSize(12, torch.device("cpu")).run(lambda x, y: x * little_memory(len(x)), torch.randn(12, 1), torch.zeros(12))
+    with pytest.raises(InputError, match="at least 1"):
+        BatchSize(0, torch.device("cpu"))
 
 
 def test_guidance_scale_one_is_the_conditional_prediction_and_costs_one_call(small_and_large) -> None:

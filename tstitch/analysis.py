@@ -18,7 +18,7 @@ from tstitch.guidance import Denoiser, Guidance, no_guidance
 from tstitch.sampling import Noise, Progress, model_output
 from tstitch.schedule import StitchSchedule
 from tstitch.solvers import Solver
-from tstitch.sweep import sample_many
+from tstitch.sweep import UNMEASURED, sample_many
 
 
 def radial_frequencies(size: int) -> Tensor:
@@ -44,7 +44,7 @@ def radial_power(x: Tensor) -> Tensor:
 
 
 def walk_spectra(
-    denoiser: Denoiser, x_T: Tensor, y: Tensor, *, solver: Solver, guidance: Guidance | None = None, noise: Noise | None = None, max_batch: int = 64
+    denoiser: Denoiser, x_T: Tensor, y: Tensor, *, solver: Solver, guidance: Guidance | None = None, noise: Noise | None = None, max_batch: int | None = None
 ) -> dict[str, Tensor]:
     """Radial power along one denoiser's trajectory; arguments as in `tstitch.sweep.sample_many`.
 
@@ -75,7 +75,7 @@ def walk_similarity(
     solver: Solver,
     guidance: Guidance | None = None,
     noise: Noise | None = None,
-    max_batch: int = 64,
+    max_batch: int | None = None,
 ) -> dict[tuple[int, int], Tensor]:
     """Cosine of the predicted noise of each pair of denoisers, on the states that the last denoiser's trajectory goes through.
 
@@ -90,7 +90,7 @@ def walk_similarity(
     x = x_T
 
     def predict(denoiser: Denoiser, i: int) -> Tensor:
-        parts = zip(x.split(max_batch), y.split(max_batch), strict=True)
+        parts = zip(x.split(max_batch or UNMEASURED), y.split(max_batch or UNMEASURED), strict=True)
         return torch.cat([split_output(model_output(denoiser, guidance or no_guidance, some, ys, solver, i), some)[0] for some, ys in parts])
 
     def record(progress: Progress) -> None:

@@ -29,6 +29,7 @@ from tstitch.metrics.emoji import EmojiExtractor
 from tstitch.metrics.extractors import create_extractor
 from tstitch.metrics.scores import probability_sums, score_of_sums
 from tstitch.noise import SampleNoise
+from tstitch.plots import plot_tradeoff
 from tstitch.presets import ROOT, DenoiserFile
 from tstitch.results import markdown_table, weight_hashes
 from tstitch.schedule import StitchSchedule
@@ -141,6 +142,22 @@ def sweep(
         },
     )
     return rows
+
+
+def show(out: Path, groups: dict[str, Sequence[dict[str, Any]]], title: str = "") -> None:
+    """Print the table of `sweep`'s rows, and draw cost against quality beside the results file `out`; the first group is joined by a line."""
+    rows = [row for group in groups.values() for row in group]
+    if not rows:  # all processes but the first
+        return
+    print(sweep_table(rows))
+    plot_tradeoff(
+        out.with_suffix(".png"),
+        {name: [(1 / row["sampling_speed_up"], row["fd_emoji"], row["name"]) for row in group] for name, group in groups.items()},
+        xlabel="cost of sampling relative to the large model alone",
+        ylabel="FD-emoji (comparable only with itself)",
+        title=title,
+        lines=list(groups)[:1],
+    )
 
 
 def begin(folder: Path, config: dict[str, Any]) -> None:

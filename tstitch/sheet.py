@@ -33,5 +33,5 @@ def sample_sheet(folder: Path, plan: SamplingPlan, denoiser: Any, file: Denoiser
         )  # fmt: skip
     save_image(folder / "sample.png", contact_sheet(autoencoder.decode(walked.latents[0])))
     ((evaluations,),) = walked.evaluations
-    write_json(folder / "config.json", run_record(plan, [file]) | {"evaluations": evaluations})
+    write_json(folder / "config.json", run_record(plan, [file]) | {"max_batch": walked.max_batch or plan.max_batch, "evaluations": evaluations})
     print(f"wrote {folder / 'sample.png'}: {evaluations:.4g} evaluations a picture")

@@ -22,6 +22,7 @@ from tstitch.plots import contact_sheet, image_grid, plot_tradeoff, save_image
 from tstitch.presets import DenoiserFile
 from tstitch.results import markdown_table, quality_by_schedule, run_record
 from tstitch.schedule import StitchSchedule
+from tstitch.sweep import UNMEASURED
 from tstitch.walker import Walked, total_seconds
 
 
@@ -59,14 +60,14 @@ def compare(
     decoding.
     """
     x_T, y = plan.noise.latents(autoencoder.latent_shape(plan.image_size), plan.device), plan.labels.to(plan.device)
-    n = min(len(y), plan.max_batch)
+    n = min(len(y), plan.max_batch or UNMEASURED)
     measured = plan.walker.evaluation_seconds(denoisers, x_T[:n], y[:n], guidance=plan.guidance, noise=SampleNoise(plan.noise.seeds[:n]))
     seconds_each = [seconds * len(y) / n for seconds in measured]
     walked = _walk(plan, denoisers, x_T, y, schedules, seconds_each)
     images, decode_seconds = _decode(autoencoder, walked.latents)
 
     letters = [file.letter for file in files]
-    record = run_record(plan, files)
+    record = run_record(plan, files) | {"max_batch": walked.max_batch or plan.max_batch}
     source, quality = quality_by_schedule(plan.preset.results, plan.settings, record["weights"])
     totals = [total_seconds(evaluations, seconds_each) + decode_seconds for evaluations in walked.evaluations]
     alone = _large_alone(plan, schedules, walked, len(denoisers))
@@ -85,6 +86,21 @@ def compare(
     ]
     record |= {"step_seconds": dict(zip(letters, seconds_each, strict=True)), "decode_seconds": decode_seconds, "quality_from": source and source.name}
     return Comparison(rows, images, record)
+
+
+def compare_and_save(folder: Path, plan: SamplingPlan, denoisers: Sequence[Denoiser], files: Sequence[DenoiserFile], schedules: list[StitchSchedule]) -> None:
+    """What a stitching script does once its models are loaded: `compare`, print the table, write the pictures and the results.
+
+    Raises:
+        InputError: if a denoiser and the plan's autoencoder do not fit together.
+    """
+    autoencoder = Autoencoder(plan.vae, plan.device)
+    for denoiser in denoisers:
+        autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
+    comparison = compare(plan, denoisers, files, schedules, autoencoder)
+    report(comparison)
+    save(folder, plan, comparison)
+    print(f"wrote {folder}")
 
 
 def _large_alone(plan: SamplingPlan, schedules: Sequence[StitchSchedule], walked: Walked, num_denoisers: int) -> Sequence[float] | None:

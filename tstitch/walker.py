@@ -16,7 +16,7 @@ from tstitch.guidance import Denoiser, Guidance
 from tstitch.sampling import Noise, plan_legs
 from tstitch.schedule import StitchSchedule, steps_by_denoiser
 from tstitch.solvers import Solver
-from tstitch.sweep import count_evaluations, sample_many
+from tstitch.sweep import BatchSize, count_evaluations, sample_many
 from tstitch.tune import measure_step_seconds
 
 Guidances = Guidance | Sequence[Guidance | None] | None
@@ -28,6 +28,7 @@ class Walked(NamedTuple):
 
     latents: list[Tensor]  # one (N, C, H, W) for each schedule
     evaluations: list[list[float]]  # for each schedule, guided evaluations a sample by denoiser; an adaptive method's differ between samples: the mean
+    max_batch: list[int] | None = None  # most samples in a call of each denoiser, where the walker finds or is told it
 
 
 class Walker(Protocol):
@@ -44,9 +45,9 @@ class Walker(Protocol):
 
     def walk(
         self, denoisers: Sequence[Denoiser], x_T: Tensor, y: Tensor, *, schedules: Sequence[StitchSchedule], guidance: Guidances, noise: Noise | None,
-        max_batch: int, callback: OnEvaluation | None = None,
+        max_batch: int | None, callback: OnEvaluation | None = None,
     ) -> Walked:  # fmt: skip
-        """Sample every schedule from the same x_T (N, C, H, W), labels (N,) and noise."""
+        """Sample every schedule from the same x_T (N, C, H, W), labels (N,) and noise; `SolverWalker` measures a max_batch that is None."""
 
     def work(self, schedules: Sequence[StitchSchedule], num_denoisers: int) -> list[float] | None:
         """Evaluations of the whole batch that `walk` will do, by denoiser, where that is known before."""
@@ -79,14 +80,16 @@ class SolverWalker:
 
     def walk(
         self, denoisers: Sequence[Denoiser], x_T: Tensor, y: Tensor, *, schedules: Sequence[StitchSchedule], guidance: Guidances, noise: Noise | None,
-        max_batch: int, callback: OnEvaluation | None = None,
+        max_batch: int | None = None, callback: OnEvaluation | None = None,
     ) -> Walked:  # fmt: skip
         """See `tstitch.sweep.sample_many`."""
+        sizes = [BatchSize(max_batch, x_T.device) for _ in denoisers]
         latents = sample_many(
-            denoisers, x_T, y, schedules=schedules, solver=self.solver, guidance=guidance, noise=noise, max_batch=max_batch,
+            denoisers, x_T, y, schedules=schedules, solver=self.solver, guidance=guidance, noise=noise, max_batch=sizes,
             callback=None if callback is None else lambda progress: callback(progress.denoiser, len(progress.x) / len(x_T)),
         )  # fmt: skip
-        return Walked(latents, [steps_by_denoiser(plan_legs(schedule, self.solver, len(denoisers)), len(denoisers)) for schedule in schedules])
+        evaluations = [steps_by_denoiser(plan_legs(schedule, self.solver, len(denoisers)), len(denoisers)) for schedule in schedules]
+        return Walked(latents, evaluations, [size.size for size in sizes])
 
     def work(self, schedules: Sequence[StitchSchedule], num_denoisers: int) -> list[float]:
         """See `tstitch.sweep.count_evaluations`."""

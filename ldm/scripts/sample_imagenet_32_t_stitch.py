@@ -17,11 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ldm.cli import add_ldm_args, hand_over, ldm_plan
-from tstitch.autoencoder import Autoencoder
 from tstitch.cli import add_sampling_args, new_parser, run
 from tstitch.files import check_folder
 from tstitch.schedule import StitchSchedule, two_way_ratios
-from tstitch.tradeoff import compare, report, save
+from tstitch.tradeoff import compare_and_save
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,14 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     schedules = hand_over(args, plan, schedules)
     folder = args.save_dir or Path("figures") / f"ldm_seed_{args.seed}"
     check_folder(folder)
-    denoisers = load(plan, files)
-    autoencoder = Autoencoder(plan.vae, plan.device)
-    for denoiser in denoisers:
-        autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
-    comparison = compare(plan, denoisers, files, schedules, autoencoder)
-    report(comparison)
-    save(folder, plan, comparison)
-    print(f"wrote {folder}")
+    compare_and_save(folder, plan, load(plan, files), files, schedules)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ldm.cli import add_ldm_args, hand_over, ldm_plan
 from tstitch.cli import add_sampling_args, new_parser, run
-from tstitch.emoji_sweep import add_ratios_arg, add_sweep_args, choose_ratios, sweep, sweep_table
+from tstitch.emoji_sweep import add_ratios_arg, add_sweep_args, choose_ratios, show, sweep
 from tstitch.generate import join_ranks
-from tstitch.plots import plot_tradeoff
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,16 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             schedules = choose_ratios(args)
             plan, files, load = ldm_plan(args)
         rows = sweep(args, ranks, plan, files, hand_over(args, plan, schedules), load)
-    if not rows:
-        return
-    print(sweep_table(rows))
-    plot_tradeoff(
-        args.out.with_suffix(".png"),
-        {"small, large": [(1 / row["sampling_speed_up"], row["fd_emoji"], row["name"]) for row in rows]},
-        xlabel="cost of sampling relative to the large model alone",
-        ylabel="FD-emoji (comparable only with itself)",
-        title=plan.walker.describe(),
-    )
+    show(args.out, {"small, large": rows}, plan.walker.describe())
 
 
 if __name__ == "__main__":
