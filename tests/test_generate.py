@@ -9,7 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +121,82 @@ def test_a_sweep_cut_off_in_sampling_and_in_writing_shows_whole_files_only(devic
         assert len(finished) == visible and finished.items() <= undisturbed.items()
     (tmp_path / "cut" / ".ratio_1.00.123.tmp.npz").write_bytes(b"left by a kill")
     assert contents(sweep("cut")) == undisturbed
+
+
+def test_pictures_are_the_same_whether_they_are_decoded_beside_the_sampling_or_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode, decoded_in = Autoencoder.decode, []
+    monkeypatch.setattr(Autoencoder, "decode", lambda self, x: decoded_in.append(threading.current_thread() is threading.main_thread()) or decode(self, x))
+    for cores in (0, 1):
+        monkeypatch.setattr(generate, "free_cores", lambda cores=cores: cores)
+        sample_ddp_t_stitch.main([*TINY, "--sample-dir", str(tmp_path / str(cores))])
+    assert decoded_in == [True] * 3 + [False] * 3
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")
+
+
+class Nothing:
+    """A denoiser that computes nothing."""
+
+    latent_shape = (3, 4, 4)
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
+def sweep_of_nothing(folder: Path, count: int, denoiser: Callable = Nothing) -> float | None:
+    """Generate pictures of 4x4 pixels, in chunks of 10; the share of the time for which the device was busy."""
+    words = ["--preset", "emoji", "--vae", "none", "--image-size", "4", "--cfg-scale", "1", "--num-sampling-steps", "2", "--device", "cpu", "--ratios", "0.5"]
+    args = sample_ddp_t_stitch.parse_args([*words, "--num-fid-samples", str(count), "--per-proc-batch-size", "10", "--sample-dir", str(folder)])
+    plan = sampling_plan(args, fid=True)
+    files = stitched_files(args, plan, three=False)
+    schedules = generate.file_names(sample_ddp_t_stitch.choose_schedules(args), files)
+    return generate.generate(generate.Ranks(0, 1), args, plan, files, schedules, lambda plan, files: [denoiser(), denoiser()])
+
+
+def test_memory_grows_by_no_more_than_a_seed_a_label_and_a_mark_for_each_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks, latents, alive, walk = [], [], [], generate.walk
+
+    def watched(*arguments):
+        alive.append(sum(latent() is not None for latent in latents))
+        walked = walk(*arguments)
+        latents.extend(weakref.ref(latent) for latent in walked.latents)
+        return walked
+
+    monkeypatch.setattr(generate, "walk", watched)
+    for count in (100, 2000):
+        tracemalloc.start()
+        sweep_of_nothing(tmp_path / str(count), count)
+        peaks.append(tracemalloc.get_traced_memory()[1])  # of Python and numpy
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 100 * 1900  # bytes
+    assert max(alive) <= generate.WAITING_CHUNKS + 1  # torch's
+
+
+def test_a_chunk_costs_the_same_in_a_long_run_as_in_a_short_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, exists, listed, glob = [], Path.exists, [], Path.glob
+    monkeypatch.setattr(Path, "exists", lambda self, **k: (self.parent.name == "done" and looks.append(self)) or exists(self, **k))
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: (self.name == "done" and listed.append(self)) or glob(self, pattern))
+    for chunks in (5, 50):
+        looks.clear()
+        listed.clear()
+        sweep_of_nothing(tmp_path / str(chunks), 10 * chunks)
+        assert len(looks) <= 2 * chunks + 20  # one finds the mark, one that it is not there yet; a few while the last ones are written
+        assert len(listed) <= 1
+
+
+def test_the_share_of_the_time_that_the_device_was_busy_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    class Slow(Nothing):
+        def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.05)
+            return super().__call__(x, t, y)
+
+    write = generate.SampleFolder.write
+    monkeypatch.setattr(generate.SampleFolder, "write", lambda self, *chunk: time.sleep(0.05) or write(self, *chunk))
+    beside = sweep_of_nothing(tmp_path / "beside", 100, Slow)  # 2 steps of 0.05 s, and then 0.05 s of writing
+    assert f"device busy {beside:.3f} of the time" in capsys.readouterr().out
+    assert 0.8 < beside < 1.0  # all but the last chunk's writing
+    monkeypatch.setattr(generate, "WAITING_CHUNKS", 0)
+    assert sweep_of_nothing(tmp_path / "waiting", 100, Slow) < 0.75  # 0.1 of 0.15 s
+    assert sweep_of_nothing(tmp_path / "waiting", 100, Slow) is None  # nothing left to do
 
 
 def test_what_was_done_before_a_kill_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +34,7 @@ from tstitch.data import FeatureStore, class_weights, write_features
 from tstitch.diffusion import GaussianDiffusion, create_diffusion
 from tstitch.errors import InputError
 from tstitch.presets import ROOT
-from tstitch.training import EMA, JsonLines, checkpoint_files, cosine_lr, draw_batch, snr_weights, step_seed
+from tstitch.training import EMA, JsonLines, Prefetcher, checkpoint_files, cosine_lr, draw_batch, snr_weights, step_seed
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,51 @@ def test_a_run_killed_three_times_resumes_to_the_same_weights_and_log(features: 
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("whole", "killed")]
     assert [(row["step"], row["loss"], row["lr"]) for row in logs[0]] == [(row["step"], row["loss"], row["lr"]) for row in logs[1]]
+
+
+@pytest.mark.parametrize("balance", ["0", "0.5"])
+def test_a_run_that_draws_its_batches_ahead_learns_the_same_to_the_last_bit(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balance: str
+) -> None:
+    plan = train.training_plan
+    for prefetch in (False, True):
+        monkeypatch.setattr(train, "training_plan", lambda args, prefetch=prefetch: replace(plan(args), prefetch=prefetch))
+        train.main(arguments(features, tmp_path / str(prefetch), 5, "--gradient-accumulation-steps", "2", "--class-balance", balance))
+    plain, ahead = weights_of(tmp_path / "False"), weights_of(tmp_path / "True")
+    assert all(torch.equal(plain[name], ahead[name]) for name in plain)
+
+
+def test_a_batch_drawn_ahead_is_the_one_that_its_part_would_have_drawn_and_so_is_what_comes_after() -> None:
+    drawn_in: list[str] = []
+
+    def draw(step: int, part: int, generator: torch.Generator | None = None) -> tuple[torch.Tensor, ...]:
+        drawn_in.append(threading.current_thread().name)
+        return torch.randn(3, generator=generator), torch.multinomial(torch.ones(9), 4, generator=generator)
+
+    parts = [(0, 2), (0, 3), (1, 2), (1, 3), (7, 2)]  # the last one is not the one that follows
+    prefetcher = Prefetcher(draw, lambda step, part: (step, 3) if part == 2 else (step + 1, 2), seed=5)
+    for step, part in parts:
+        torch.manual_seed(step_seed(5, step, part))
+        expected = [*draw(step, part), torch.rand(2)]
+        torch.manual_seed(step_seed(5, step, part))
+        found = [*prefetcher.take(step, part), torch.rand(2)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert sum(name != threading.main_thread().name for name in drawn_in) >= 3
+
+
+def test_an_optimizer_state_that_was_not_fused_goes_on_in_a_fused_one(features: Path, tmp_path: Path) -> None:
+    train.main(arguments(features, tmp_path / "first", 4))
+    path = checkpoint_files(tmp_path / "first" / "checkpoints")[-1]
+    state = torch.load(path, weights_only=True)
+    assert all(group["fused"] for group in state["opt"]["param_groups"])
+    for name, fused in (("fused", True), ("not", None)):
+        state["opt"]["param_groups"] = [group | {"fused": fused} for group in state["opt"]["param_groups"]]
+        torch.save(state, tmp_path / f"{name}.pt")
+        train.main(arguments(features, tmp_path / name, 2, "--load-ckpt", str(tmp_path / f"{name}.pt")))
+    a, b = weights_of(tmp_path / "fused"), weights_of(tmp_path / "not")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    saved = torch.load(checkpoint_files(tmp_path / "not" / "checkpoints")[-1], weights_only=True)
+    assert all(group["fused"] for group in saved["opt"]["param_groups"])
 
 
 def test_gradient_checkpointing_changes_no_more_than_rounding(features: Path, tmp_path: Path) -> None:

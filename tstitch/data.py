@@ -33,7 +33,10 @@ from tstitch.pictures import ImageFolder
 
 
 class Features(Protocol):
-    """What a trainer asks of its data: labels (N,) int64, and latents (n, C, h, w), scaled, float32, for items (n,); `index` describes it as JSON."""
+    """What a trainer asks of its data: labels (N,) int64, and latents (n, C, h, w), scaled, float32, for items (n,); `index` describes it as JSON.
+
+    What is drawn comes from `generator`, without one from torch's global generator; the two give the same from the same state.
+    """
 
     labels: Tensor
     num_classes: int
@@ -41,7 +44,7 @@ class Features(Protocol):
     index: dict[str, Any]
 
     def __len__(self) -> int: ...
-    def latents(self, index: Tensor) -> Tensor:
+    def latents(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw latents."""
 
 
@@ -50,10 +53,10 @@ def class_weights(labels: Tensor, power: float) -> Tensor:
     return (1.0 / labels.bincount().clamp(min=1).float() ** power)[labels]
 
 
-def draw_latents(moments: Tensor, noise: SampleNoise | None, scaling_factor: float) -> Tensor:
-    """Draw scaled latents (N, C, h, w) from moments (N, 2C, h, w) on the CPU; without `noise`, from torch's global generator."""
+def draw_latents(moments: Tensor, noise: SampleNoise | None, scaling_factor: float, generator: torch.Generator | None = None) -> Tensor:
+    """Draw scaled latents (N, C, h, w) from moments (N, 2C, h, w) on the CPU; without `noise`, from a generator, see `Features`."""
     mean, log_variance = moments.chunk(2, dim=1)
-    drawn = torch.randn(mean.shape) if noise is None else noise(-1, mean)  # randn_like would depend on the order of the tensor's memory
+    drawn = torch.randn(mean.shape, generator=generator) if noise is None else noise(-1, mean)  # randn_like would depend on the order of the tensor's memory
     return (mean + (0.5 * log_variance).exp() * drawn) * scaling_factor
 
 
@@ -324,11 +327,11 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def latents(self, index: Tensor) -> Tensor:
-        """Draw scaled latents (n, C, h, w), float32, for index (n,) in 0..len-1: posterior noise and mirror come from torch's global generator."""
-        mirror = torch.randint(self.index["mirrors"], index.shape)
+    def latents(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw scaled latents (n, C, h, w), float32, for index (n,) in 0..len-1: posterior noise and mirror come from a generator, see `Features`."""
+        mirror = torch.randint(self.index["mirrors"], index.shape, generator=generator)
         moments = torch.from_numpy(self.moments[self._rows[index.numpy()], mirror.numpy()]).float()
-        return draw_latents(moments, None, self.index["scaling_factor"])
+        return draw_latents(moments, None, self.index["scaling_factor"], generator)
 
 
 class FileFeatures:
@@ -363,7 +366,7 @@ class FileFeatures:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def latents(self, index: Tensor) -> Tensor:
+    def latents(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents (n, C, h, w), float32, for index (n,) in 0..len-1: always the same draw."""
         files = [self._features / f"{self.numbers[i]}.npy" for i in index.tolist()]
         latents = [_load(file) for file in files]
@@ -391,15 +394,15 @@ class ImageLatents:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def latents(self, index: Tensor) -> Tensor:
-        """Draw scaled latents (n, C, h, w), float32, for index (n,) in 0..len-1: posterior noise and mirror come from torch's global generator.
+    def latents(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw scaled latents (n, C, h, w), float32, for index (n,) in 0..len-1: posterior noise and mirror come from a generator, see `Features`.
 
         Raises:
             DamagedPictureError: if one of the pictures cannot be decoded.
         """
-        mirror = torch.randint(self.index["mirrors"], index.shape).bool()
+        mirror = torch.randint(self.index["mirrors"], index.shape, generator=generator).bool()
         images = torch.stack(list(self._threads.map(self.pictures.image, index.tolist(), mirror.tolist())))
-        return draw_latents(self.autoencoder.encode(images), None, self.index["scaling_factor"])
+        return draw_latents(self.autoencoder.encode(images), None, self.index["scaling_factor"], generator)
 
 
 def _numbers(folder: Path) -> list[int]:

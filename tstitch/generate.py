@@ -7,6 +7,9 @@ threads of a rank (OMP_NUM_THREADS, else 1): they decide in which order floats a
 
 A chunk is on disk for all schedules before it is marked; after a kill, what has no mark is made again. Ranks meet only to agree that their input is
 usable; otherwise they share a folder, on a disk that all machines see.
+
+The next chunk is sampled while the last one is decoded and written, so that the device never waits for a disk; at the end a run says for how much of the
+time it was busy. Memory and the work for a chunk do not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from tstitch.plots import save_image
 from tstitch.presets import DenoiserFile
 from tstitch.results import weight_hashes
 from tstitch.schedule import StitchSchedule
+from tstitch.tune import wait_for
 from tstitch.walker import Walked
 
 WAITING_CHUNKS = 2  # sampled, but not yet on disk; bounds memory
@@ -163,6 +167,10 @@ class SampleFolder:
         for name in self.names:
             self._pixels(name).touch()
 
+    def is_marked(self, chunk: int) -> bool:
+        """Whether a chunk is on disk."""
+        return (self.marks / f"{chunk:06d}").exists()
+
     def write(self, chunk: int, images: Iterable[Tensor]) -> None:
         """Store a chunk, uint8 (n, 3, H, W) for each schedule, then mark it."""
         numbers = self.chunks[chunk]
@@ -225,7 +233,7 @@ def walk(plan: SamplingPlan, denoisers: Sequence[Any], schedules: Sequence[Stitc
     return plan.walker.walk(
         denoisers,
         noise.latents(denoisers[0].latent_shape, plan.device),
-        plan.labels[start:stop].to(plan.device),
+        plan.labels[start:stop].to(plan.device, non_blocking=True),  # else a GPU would finish the last chunk before it is given the next
         schedules=schedules,
         guidance=plan.guidance,
         noise=noise,
@@ -263,13 +271,16 @@ def generate(
     files: Sequence[DenoiserFile],
     schedules: dict[str, StitchSchedule],
     load: Callable[[SamplingPlan, Sequence[DenoiserFile]], Sequence[Any]],
-) -> None:
+) -> float | None:
     """Make the pictures of every schedule and write them to --sample-dir; every rank calls it.
 
     Args:
         args: what `add_generation_args` asked for.
         schedules: file name -> schedule over the denoisers of `files`.
         load: called as load(plan, files), gives the denoisers.
+
+    Returns:
+        Share of the time, from the first step to the last byte, for which this rank's device was busy; None if nothing was left to do.
 
     Raises:
         InputError: on all ranks, if weights are unusable or the folder belongs to another sweep.
@@ -279,6 +290,7 @@ def generate(
     main = ranks.rank == 0
     left = ranks.gather(folder.left() if main else None)[0]
     config: dict[str, Any] = {}
+    busy = None
     with ranks.agree():
         if main:
             check_folder(args.sample_dir)
@@ -296,38 +308,126 @@ def generate(
         with ranks.agree():
             if not folder.marks.is_dir():
                 raise InputError(f"rank {ranks.rank} does not see {folder.work}; choose a --sample-dir on a disk that all machines share")
-        mine = left[ranks.rank :: ranks.size]
-        latents = ((c, walk(plan, denoisers, list(schedules.values()), folder.chunks[c].start, folder.chunks[c].stop).latents) for c in mine)
-        store(ranks, folder, latents, autoencoder)
+
+        def latents(chunk: int) -> list[Tensor]:
+            return walk(plan, denoisers, list(schedules.values()), folder.chunks[chunk].start, folder.chunks[chunk].stop).latents
+
+        busy = store(ranks, folder, left, latents, autoencoder)
     if main:
         folder.finish(config)
-        print(f"{args.sample_dir}: {len(schedules)} x {len(plan.labels)} pictures")
+        print(f"{args.sample_dir}: {len(schedules)} x {len(plan.labels)} pictures" + (f", device busy {busy:.3f} of the time" if left else ""))
         if plan.recipe:
             print(f"recipe {plan.recipe.name}: against {plan.recipe.reference}, {plan.recipe.published} was published ({plan.recipe.source})")
+    return busy
 
 
-def store(ranks: Ranks, folder: SampleFolder, latents: Iterable[tuple[int, list[Tensor]]], autoencoder: Autoencoder) -> None:
-    """Decode and write chunks beside the sampling of the next ones; rank 0 shows the progress of all ranks and waits for them."""
-    count = folder.shape[0]
+class BusyTime:
+    """Time for which a device computes; on a GPU by its own clock, since there a call returns before the work is done.
 
-    def finished() -> int:
-        return (count - sum(len(folder.chunks[c]) for c in folder.left())) * len(folder.names)
+    What is counted as one piece counts whole: a GPU that waits between two kernels of a chunk, because the host is slow to start them, passes for busy.
+    """
 
-    waiting: deque[Future[None]] = deque()
-    total, start = count * len(folder.names), finished() if ranks.rank == 0 else 0
-    with (
-        ThreadPoolExecutor(1) as writer,
-        tqdm(total=total, initial=start, desc=folder.folder.name, unit="image", disable=ranks.rank != 0) as bar,
-    ):
-        for chunk, of_each_schedule in latents:
-            waiting.append(writer.submit(folder.write, chunk, (autoencoder.decode(x) for x in of_each_schedule)))
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._seconds = device, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Count what is done inside a with block."""
+        if self.device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(torch.cuda.current_stream(self.device))
+            yield
+            stop.record(torch.cuda.current_stream(self.device))
+            self._events.append((start, stop))
+        else:
+            began = time.perf_counter()
+            yield
+            wait_for(self.device)
+            self._seconds += time.perf_counter() - began
+
+    def seconds(self) -> float:
+        """Sum until now."""
+        wait_for(self.device)
+        return self._seconds + sum(start.elapsed_time(stop) for start, stop in self._events) / 1000  # which is in milliseconds
+
+
+class Decoder:
+    """Decodes chunks: in the writer's thread if there are means for that beside the sampling, a GPU's second stream or a core, else before it.
+
+    Two threads that compute on the same cores only take turns, and spoil each other's caches. The pictures are the same either way.
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        self.autoencoder, self.device = autoencoder, autoencoder.device
+        self.beside = self.device.type != "cpu" or free_cores() > 0
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def decode(self, latents: list[Tensor]) -> Iterable[Tensor]:
+        """Pictures uint8 (n, 3, H, W) of each (n, C, h, w); called by the thread that samples, read by the one that writes."""
+        if not self.beside:
+            return [self.autoencoder.decode(x) for x in latents]
+        if self._stream is None:
+            return (self.autoencoder.decode(x) for x in latents)
+        sampled = torch.cuda.Event()
+        sampled.record(torch.cuda.current_stream(self.device))
+        return self._on_stream(latents, sampled)
+
+    def _on_stream(self, latents: list[Tensor], sampled: torch.cuda.Event) -> Iterator[Tensor]:
+        for x in latents:
+            with torch.cuda.stream(self._stream):  # else each copy to the host would wait for all steps that are queued
+                self._stream.wait_event(sampled)
+                x.record_stream(self._stream)
+                pictures = self.autoencoder.decode(x)
+            yield pictures
+
+
+def free_cores() -> int:
+    """Cores of this machine that its ranks leave idle."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores - int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * torch.get_num_threads()
+
+
+def store(ranks: Ranks, folder: SampleFolder, left: Sequence[int], latents: Callable[[int], list[Tensor]], autoencoder: Autoencoder) -> float:
+    """Sample this rank's share of the chunks that are left, and write each beside the sampling of the next ones.
+
+    Rank 0 shows the progress of all ranks and waits for them.
+
+    Args:
+        latents: chunk -> latents (n, C, h, w) for each schedule.
+
+    Returns:
+        Share of the time for which the thread that samples kept the device busy.
+    """
+    decoder, busy, waiting = Decoder(autoencoder), BusyTime(autoencoder.device), deque[Future[None]]()
+    # Each rank marks its chunks in this order; only the next mark of each is looked for, else the work would grow with the square of the chunks.
+    unmarked = [deque(left[rank :: ranks.size]) for rank in range(ranks.size)]
+    total = folder.shape[0] * len(folder.names)
+    bar = tqdm(
+        total=total, initial=total - len(folder.names) * sum(len(folder.chunks[c]) for c in left), desc=folder.folder.name, unit="image",
+        disable=ranks.rank != 0,
+    )  # fmt: skip
+
+    def look() -> None:
+        for chunks in unmarked:
+            while chunks and folder.is_marked(chunks[0]):
+                bar.update(len(folder.chunks[chunks.popleft()]) * len(folder.names))
+
+    began = time.perf_counter()
+    with bar, ThreadPoolExecutor(1) as writer:
+        for chunk in left[ranks.rank :: ranks.size]:
+            with busy.work():
+                pictures = decoder.decode(latents(chunk))
+            waiting.append(writer.submit(folder.write, chunk, pictures))
             while len(waiting) > WAITING_CHUNKS:
                 waiting.popleft().result()
             if ranks.rank == 0:
-                bar.update(finished() - bar.n)
+                look()
         for future in waiting:
             future.result()
+        share = busy.seconds() / (time.perf_counter() - began)
         # Looked up, not met at a barrier, which would time out where one rank is slow.
-        while ranks.rank == 0 and bar.n < total:
-            bar.update(finished() - bar.n)
-            time.sleep(0.2)
+        while ranks.rank == 0 and any(unmarked):
+            look()
+            time.sleep(0.2 if any(unmarked) else 0)
+    return share

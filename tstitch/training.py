@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -67,14 +68,16 @@ def snr_weights(alphas_cumprod: np.ndarray, gamma: float | None) -> Tensor:
     return torch.from_numpy(np.minimum(snr, gamma) / snr).float()
 
 
-def draw_batch(weights: Tensor | None, num_items: int, *, step: int, part: int, num_parts: int, size: int, seed: int) -> Tensor:
+def draw_batch(
+    weights: Tensor | None, num_items: int, *, step: int, part: int, num_parts: int, size: int, seed: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Items (size,) that part `part` of step `step` sees.
 
     Without weights every item comes once an epoch, in an order that depends on (seed, epoch); batches run on across the end of an epoch. With weights
-    (num_items,) items are drawn with replacement, from torch's global generator.
+    (num_items,) items are drawn with replacement, from the generator, or else from torch's global one.
     """
     if weights is not None:
-        return torch.multinomial(weights, size, replacement=True)
+        return torch.multinomial(weights, size, replacement=True, generator=generator)
     position = (step * num_parts + part) * size + torch.arange(size)
     epochs = position // num_items
     index = torch.empty(size, dtype=torch.long)
@@ -87,6 +90,55 @@ def draw_batch(weights: Tensor | None, num_items: int, *, step: int, part: int, 
 def _epoch_order(num_items: int, seed: int, epoch: int) -> Tensor:
     """A permutation of the items; its seed is that of a step that no run has."""
     return torch.randperm(num_items, generator=torch.Generator().manual_seed(step_seed(seed, -1 - epoch)))
+
+
+Batch = tuple[Tensor, ...]
+
+
+def _begin_stream(device: torch.device) -> None:
+    """Let a thread wait for its own work on a GPU, not for all that the step has been given."""
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+class Prefetcher:
+    """Draws each part's batch while the one before it is computed, in a thread.
+
+    A batch is drawn from a generator of its own, seeded as its part is; whoever takes it finds torch's global generator in that one's state. So all that is
+    drawn afterwards is what it would be if the batch had been drawn from the global generator, which a thread must not share.
+
+    Args:
+        draw: called as draw(step, part, generator), gives tensors on the CPU.
+        following: the (step, part) that this process computes after a given one; None after the last.
+        seed: of the run.
+        device: on which `draw` may compute; of a GPU the thread has a stream of its own.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[int, int, torch.Generator], Batch],
+        following: Callable[[int, int], tuple[int, int] | None],
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.draw, self.following, self.seed = draw, following, seed
+        self._thread = ThreadPoolExecutor(1, initializer=_begin_stream, initargs=(torch.device(device),))
+        self._ahead: tuple[tuple[int, int], Future[tuple[Batch, Tensor]]] | None = None
+
+    def _drawn(self, step: int, part: int) -> tuple[Batch, Tensor]:
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step, part))
+        return self.draw(step, part, generator), generator.get_state()
+
+    def take(self, step: int, part: int) -> Batch:
+        """The batch of a part; leaves torch's global generator as if it had just been drawn from it."""
+        if self._ahead is not None and self._ahead[0] == (step, part):
+            batch, state = self._ahead[1].result()
+        else:
+            batch, state = self._drawn(step, part)
+        following = self.following(step, part)
+        self._ahead = following and (following, self._thread.submit(self._drawn, *following))
+        torch.set_rng_state(state)
+        return batch
 
 
 class EMA:
@@ -237,21 +289,10 @@ def fit(
     for step in range(start, max_steps):
         for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
             group["lr"] = base * lr_factor(step)
-        for k in range(accumulation):
-            part = accelerator.process_index * accumulation + k
-            torch.manual_seed(step_seed(seed, step, part))
-            with accelerator.no_sync(prepared) if k + 1 < accumulation else nullcontext():
-                terms = losses(prepared, step, part)
-                accelerator.backward(terms["loss"] / accumulation)
-            # Summed on the device: reading a loss at every step would stall a GPU.
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value.detach().float() / accumulation
-        if clip_norm is not None:
-            norm = accelerator.clip_grad_norm_(prepared.parameters(), clip_norm)
-            sums["grad_norm"] = sums.get("grad_norm", 0) + (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        terms = take_step(prepared, losses, step, accelerator=accelerator, optimizer=optimizer, accumulation=accumulation, clip_norm=clip_norm, seed=seed)
         ema.update(prepared, step)
+        for name, value in terms.items():  # on the device: reading a loss at every step would stall a GPU
+            sums[name] = sums.get(name, 0) + value
         done, count = step + 1, count + 1
         bar.update()
         if done % log_every == 0 or done == max_steps:
@@ -286,6 +327,39 @@ def fit(
         average = full_state(prepared)
     accelerator.wait_for_everyone()
     return average
+
+
+def take_step(
+    prepared: nn.Module,
+    losses: Callable[[nn.Module, int, int], dict[str, Tensor]],
+    step: int,
+    *,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    accumulation: int = 1,
+    clip_norm: float | None = 1.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """One optimizer step of a prepared model, without its moving average; arguments as in `fit`.
+
+    Returns:
+        The mean loss terms of this process's parts and, with clip_norm, grad_norm; float32 scalars on the device.
+    """
+    means: dict[str, Tensor] = {}
+    for k in range(accumulation):
+        part = accelerator.process_index * accumulation + k
+        torch.manual_seed(step_seed(seed, step, part))
+        with accelerator.no_sync(prepared) if k + 1 < accumulation else nullcontext():
+            terms = losses(prepared, step, part)
+            accelerator.backward(terms["loss"] / accumulation)
+        for name, value in terms.items():
+            means[name] = means.get(name, 0) + value.detach().float() / accumulation
+    if clip_norm is not None:
+        norm = accelerator.clip_grad_norm_(prepared.parameters(), clip_norm)
+        means["grad_norm"] = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return means
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
@@ -331,7 +405,10 @@ def _restore(
     if state:
         set_model_state_dict(prepared, dict(state["model"]), options=whole)
     if "opt" in state:
-        set_optimizer_state_dict(prepared, optimizer.optimizer, named_optimizer_state(state["opt"], model), options=whole)
+        named = named_optimizer_state(state["opt"], model)
+        # A fused optimizer counts its steps on the device; the file may be of one that did not.
+        groups = [group | {"fused": ours[0].get("fused")} for group in named["param_groups"]]
+        set_optimizer_state_dict(prepared, optimizer.optimizer, named | {"param_groups": groups}, options=whole)
         for group, values in zip(optimizer.param_groups, ours, strict=True):
             group.update(values)  # the command line's, not the file's
     if "scaler" in state and accelerator.scaler is not None:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tstitch.data import Features, ImageLatents, class_weights, open_features
 from tstitch.errors import InputError
 from tstitch.files import check_folder
 from tstitch.pictures import ImageFolder
-from tstitch.training import cosine_lr, draw_batch, fit
+from tstitch.training import Prefetcher, cosine_lr, draw_batch, fit
 
 TRACKERS = ("none", "tensorboard", "wandb")
 
@@ -82,6 +83,7 @@ class TrainingPlan:
     weights: Tensor | None
     max_steps: int
     part_size: int
+    prefetch: bool  # draw the next batch while this one is computed
 
     @property
     def num_parts(self) -> int:
@@ -99,12 +101,29 @@ class TrainingPlan:
         return self.data.num_classes if wanted is None else wanted
 
     def batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
-        """Latents (n, C, h, w) and labels (n,) of a part of a step, on the device."""
+        """Latents (n, C, h, w) and labels (n,) of a part of a step, on the device; what a part draws first, see `Prefetcher`."""
+        drawn = self._prefetcher.take(step, part) if self.prefetch else self._draw(step, part)
+        latents, labels = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in drawn)
+        return latents, labels
+
+    def _draw(self, step: int, part: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         index = draw_batch(
-            self.weights, len(self.data), step=step, part=part, num_parts=self.num_parts, size=self.part_size, seed=self.args.global_seed
+            self.weights, len(self.data), step=step, part=part, num_parts=self.num_parts, size=self.part_size, seed=self.args.global_seed, generator=generator
         )  # fmt: skip
-        device = self.accelerator.device
-        return self.data.latents(index).to(device, non_blocking=True), self.data.labels[index].to(device, non_blocking=True)
+        latents, labels = self.data.latents(index, generator), self.data.labels[index]
+        if self.accelerator.device.type != "cuda":
+            return latents, labels
+        return latents.pin_memory(), labels.pin_memory()  # from other memory a copy waits for all that the GPU has been given before
+
+    @cached_property
+    def _prefetcher(self) -> Prefetcher:
+        return Prefetcher(self._draw, self._following, self.args.global_seed, self.accelerator.device)
+
+    def _following(self, step: int, part: int) -> tuple[int, int] | None:
+        """What this process computes after a part of a step."""
+        if (part + 1) % self.args.gradient_accumulation_steps:
+            return step, part + 1
+        return (step + 1, part + 1 - self.args.gradient_accumulation_steps) if step + 1 < self.max_steps else None
 
     def fit(
         self,
@@ -121,7 +140,10 @@ class TrainingPlan:
         self._start_tracker()
         average = fit(
             model, losses, accelerator=self.accelerator, folder=args.results_dir, config=self._described() | config,
-            optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay),
+            optimizer=torch.optim.AdamW(
+                model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay,
+                fused=self.accelerator.device.type in ("cpu", "cuda"),
+            ),
             lr_factor=lambda step: cosine_lr(step, self.max_steps, args.warmup_steps, floor=1.0 if args.lr_schedule == "constant" else 0.0),
             max_steps=self.max_steps, items_per_step=args.global_batch_size, accumulation=args.gradient_accumulation_steps, ema_decay=args.ema_decay,
             clip_norm=args.clip_norm or None, seed=args.global_seed, ckpt_every=args.ckpt_every, keep=args.keep, log_every=args.log_every,
@@ -239,4 +261,5 @@ def training_plan(args: argparse.Namespace) -> TrainingPlan:
         weights=class_weights(data.labels, args.class_balance) if args.class_balance else None,
         max_steps=max(1, round(args.epochs * epoch_steps)) if args.epochs else args.max_steps or 400_000,
         part_size=args.global_batch_size // parts,
+        prefetch=accelerator.device.type != "cpu",  # there it would compete with the step for the cores
     )
