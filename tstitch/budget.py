@@ -1,0 +1,153 @@
+"""Which schedule for a budget: what each costs here, how good it was measured to be, and the best of those that a budget allows.
+
+A schedule's seconds are a sum: evaluations of each denoiser times the seconds of one, measured on this machine, plus decoding. Its quality is looked up
+where it was measured with these weights and settings; where it was not, more of the largest model counts as better, and that is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from tstitch.autoencoder import Autoencoder
+from tstitch.cli import SamplingPlan
+from tstitch.errors import InputError
+from tstitch.files import check_folder, write_json
+from tstitch.guidance import Denoiser
+from tstitch.presets import DenoiserFile
+from tstitch.results import markdown_table, quality_by_schedule, run_record
+from tstitch.schedule import StitchSchedule
+from tstitch.tune import measure_seconds
+from tstitch.walker import total_seconds
+
+
+@dataclass(frozen=True)
+class Option:
+    """A schedule, its predicted seconds a picture here, its speed against the largest model alone, and its measured quality (lower is better) or None."""
+
+    schedule: str
+    name: str
+    seconds: float
+    speed_up: float
+    quality: float | None
+
+
+def add_budget_args(parser: argparse.ArgumentParser) -> None:
+    """Add what is asked of a schedule; `tune` reads it."""
+    group = parser.add_argument_group("budget")
+    group.add_argument("--latency", type=float, metavar="SECONDS", help="most seconds a picture, decoding included: the best schedule within them")
+    group.add_argument("--speed-up", type=float, metavar="X", help="at least X times as fast as the largest model alone: the best such schedule")
+    group.add_argument("--max-loss", type=float, metavar="PERCENT", help="at most so much worse than the largest model alone: the fastest such schedule")
+    group.add_argument("--out", type=Path, default=Path("results/tune.json"), help="file to write: every schedule and the chosen one")
+
+
+def check_budget(args: argparse.Namespace) -> None:
+    """Refuse a budget that says nothing, before anything is loaded.
+
+    Raises:
+        InputError: naming the flags.
+    """
+    if all(value is None for value in (args.latency, args.speed_up, args.max_loss)):
+        raise InputError("say the budget: --latency SECONDS, --speed-up X or --max-loss PERCENT, or several of them")
+    for flag, value, least in (("--latency", args.latency, 0), ("--speed-up", args.speed_up, 0), ("--max-loss", args.max_loss, -100)):
+        if value is not None and not least < value < math.inf:
+            raise InputError(f"{flag} must be a number above {least}, got {value}")
+    check_folder(args.out.parent)
+
+
+def front(options: Sequence[Option]) -> list[Option]:
+    """Those that no other option beats in both seconds and quality, fastest first; options of unknown quality are all on it."""
+    by_seconds = sorted(options, key=lambda option: option.seconds)
+    if any(option.quality is None for option in options):
+        return by_seconds
+    kept: list[Option] = []
+    for option in by_seconds:
+        if not kept or option.quality < kept[-1].quality:
+            kept.append(option)
+    return kept
+
+
+def choose(options: Sequence[Option], *, latency: float | None = None, speed_up: float | None = None, max_loss: float | None = None) -> Option:
+    """The option that a budget asks for.
+
+    Args:
+        options: the first is the largest model alone.
+        latency: most seconds a picture.
+        speed_up: least speed against the first option.
+        max_loss: most that the quality may be worse than the first option's, a fraction. With it the fastest option is chosen, without it the best.
+
+    Raises:
+        InputError: if no option fits, or the quality is to be judged and was not measured.
+    """
+    if max_loss is not None and any(option.quality is None for option in options):
+        raise InputError("no quality was measured with these weights and settings, so a loss cannot be judged; pass --latency or --speed-up")
+    fast = [o for o in options if (latency is None or o.seconds <= latency) and (speed_up is None or o.speed_up >= speed_up)]
+    if not fast:
+        fastest = min(options, key=lambda option: option.seconds)
+        raise InputError(f"the fastest schedule here, {fastest.name}, takes {fastest.seconds:.3g} s a picture (x{fastest.speed_up:.2f}); allow as much")
+    if max_loss is not None:
+        good = [o for o in fast if o.quality <= (1 + max_loss) * options[0].quality]
+        if not good:
+            best = min(fast, key=lambda option: option.quality)
+            loss = 100 * (best.quality / options[0].quality - 1)
+            raise InputError(f"of the schedules that are fast enough the best, {best.name}, is {loss:+.1f} % from the largest model; allow as much")
+        return min(good, key=lambda option: option.seconds)
+    if any(option.quality is None for option in fast):
+        return max(fast, key=lambda option: option.seconds)
+    return min(fast, key=lambda option: (option.quality, option.seconds))
+
+
+def measure_options(
+    plan: SamplingPlan, denoisers: Sequence[Denoiser], files: Sequence[DenoiserFile], schedules: Sequence[StitchSchedule]
+) -> tuple[list[Option], Path | None]:
+    """Every schedule with its seconds and quality, and where the quality comes from; the first schedule is the largest model alone.
+
+    Raises:
+        InputError: if a method chooses its own steps, so that nobody knows its cost beforehand.
+    """
+    autoencoder = Autoencoder(plan.vae, plan.device)
+    x, y = plan.noise.latents(denoisers[0].latent_shape, plan.device), plan.labels.to(plan.device)
+    evaluations = [plan.walker.work([schedule], len(denoisers)) for schedule in schedules]
+    if None in evaluations:
+        raise InputError("this method chooses its own steps, so that its cost is not known beforehand; choose a method with fixed steps")
+    each = plan.walker.evaluation_seconds(denoisers, x, y, guidance=plan.guidance, noise=plan.noise)
+    (decode,) = measure_seconds([lambda: autoencoder.decode(x)], plan.device)
+    source, quality = quality_by_schedule(plan.preset.results, plan.settings, run_record(plan, files)["weights"])
+    seconds = [(total_seconds(counts, each) + decode) / len(y) for counts in evaluations]
+    names = [schedule.describe([file.letter for file in files]) for schedule in schedules]
+    known = quality if all(name in quality for name in names) else {}
+    options = [
+        Option(schedule.to_json(), name, spent, seconds[0] / spent, known.get(name)) for schedule, name, spent in zip(schedules, names, seconds, strict=True)
+    ]
+    return options, source if known else None
+
+
+@torch.no_grad()
+def tune(
+    args: argparse.Namespace, plan: SamplingPlan, denoisers: Sequence[Denoiser], files: Sequence[DenoiserFile], schedules: Sequence[StitchSchedule]
+) -> None:
+    """Measure, choose, print the front, write --out.
+
+    Args:
+        args: what `add_budget_args` asked for.
+        schedules: those to choose from; the first is the largest model alone.
+    """
+    options, source = measure_options(plan, denoisers, files, schedules)
+    loss = None if args.max_loss is None else args.max_loss / 100
+    chosen = choose(options, latency=args.latency, speed_up=args.speed_up, max_loss=loss)
+    cells = [
+        ["*" if o == chosen else "", o.name, f"{o.seconds:.4f}", f"{o.speed_up:.2f}", "-" if o.quality is None else f"{o.quality:.2f}"] for o in front(options)
+    ]
+    print(markdown_table(["chosen", "schedule", "seconds per image", "speed-up", "FD-emoji"], cells))
+    if source is None:
+        print("no quality was measured with these weights and settings; of two schedules the one with more of the largest model is taken as better")
+    write_json(
+        args.out,
+        run_record(plan, files) | {"chosen": asdict(chosen), "options": [asdict(option) for option in options], "quality_from": source and source.name},
+    )
+    print(f"chosen: {chosen.name}, x{chosen.speed_up:.2f}; every schedule is in {args.out}")
