@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo web test test-slow test-gpu test-web lint format bench clean
+.PHONY: help demo web test test-slow test-gpu test-web lint format bench bench-check docs clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -43,8 +43,15 @@ format: .venv/.installed   ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed   ## time at ratio r against r*T_small + (1-r)*T_large
-	$(BIN)/python benchmarks/stitch_overhead.py
+bench: .venv/.installed   ## all benchmarks in their quick form, about 15 minutes on two idle cores -> benchmarks/results
+	$(BIN)/python benchmarks/bench.py
+
+bench-check: .venv/.installed   ## the same, compared with the recorded ratios: names what fell by more than 10 %
+	$(BIN)/python benchmarks/bench.py --check
+
+docs: .venv/.installed   ## API pages -> docs/api
+	$(BIN)/python -m pip install --disable-pip-version-check -q "$$(grep -o 'pdoc==[0-9.]*' requirements.txt)"
+	$(BIN)/python -W ignore -m pdoc --docformat google --output-directory docs/api tstitch dit sit ldm sd
 
 clean:           ## remove caches and .venv
 	rm -rf .venv .pytest_cache .ruff_cache

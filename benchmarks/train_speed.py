@@ -1,11 +1,10 @@
 """What makes training fast: gradient checkpointing x precision x features extracted beforehand, against the plain loop.
 
-    python benchmarks/train_speed.py --json benchmarks/results/train_speed_cpu.json
+    python benchmarks/train_speed.py
     python benchmarks/train_speed.py --model DiT-XL/2 --batch-size 32 --image-size 256 --vae-channels 128 --vae-blocks 4
 
-The plain loop trains in fp32 without checkpointing and encodes its pictures in every step. Every variant takes one step in turn, round after round, in one
-process; speed is the median of the variants' time ratios to the plain loop within a round. Peak memory comes from a process of its own for each variant:
-what torch allocated on a GPU, growth of the resident set on a CPU. Weights and pictures are random: neither changes the speed.
+The plain loop trains in fp32 without checkpointing and encodes its pictures in every step. Peak memory comes from a process of its
+own for each variant: what torch allocated on a GPU, growth of the resident set on a CPU. Weights and pictures are random: neither changes the speed.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ import argparse
 import itertools
 import json
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -28,14 +25,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.record import Record, add_bench_args
 from dit.checkpoints import DIT_CONFIGS, build_dit
 from tstitch.cli import new_parser, parse_device, positive_int, run
 from tstitch.diffusion import create_diffusion
-from tstitch.files import write_json
-from tstitch.results import markdown_table
 from tstitch.torchvision_compat import prepare_torchvision
 from tstitch.training import EMA, peak_memory
-from tstitch.tune import wait_for
 
 
 class Variant(NamedTuple):
@@ -44,6 +39,10 @@ class Variant(NamedTuple):
     checkpointing: bool
     mixed_precision: bool
     features: bool
+
+    def __str__(self) -> str:
+        words = zip(self, ("gradient checkpointing", "bf16", "features"), strict=True)
+        return ", ".join(word for chosen, word in words if chosen) or "plain"
 
 
 # Plain first.
@@ -58,10 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=positive_int, default=64, help="height and width of the pictures")
     parser.add_argument("--vae-channels", type=positive_int, default=32, help="channels of the autoencoder's first block (128: Stable Diffusion's)")
     parser.add_argument("--vae-blocks", type=positive_int, default=3, help="blocks of the autoencoder, each but the last halves (4: Stable Diffusion's)")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="rounds after one that warms up")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--variant", type=int, choices=range(len(VARIANTS)), help="run one variant alone and print its peak memory; used by the script itself")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    add_bench_args(parser, rounds=5)
     return parser.parse_args(argv)
 
 
@@ -140,38 +137,18 @@ def main(argv: list[str] | None = None) -> None:
         step()
         print(json.dumps({"peak_mib": ((peak_memory(device) if device.type == "cuda" else peak_resident()) - before) / 2**20}))
         return
-    steps = [make_step(args, device, variant, model, vae) for variant in VARIANTS]
-    rounds = []
-    for _ in tqdm(range(args.rounds + 1), desc="rounds", unit="round"):
-        seconds = []
-        for step in steps:
-            wait_for(device)
-            start = time.perf_counter()
-            step()
-            wait_for(device)
-            seconds.append(time.perf_counter() - start)
-        rounds.append(seconds)
-    rounds = rounds[1:]
-    del steps, model, vae
+    record = Record("train_speed", args)
+    comparison = record.compare({str(variant): make_step(args, device, variant, model, vae) for variant in VARIANTS})
+    del model, vae
     memory = [memory_of(args, k) for k in tqdm(range(len(VARIANTS)), desc="memory", unit="variant")]
-    rows = [
-        {**variant._asdict(), "steps_per_s": 1 / statistics.median(r[k] for r in rounds), "speed": statistics.median(r[0] / r[k] for r in rounds),
-         "peak_mib": memory[k], "memory": memory[k] / memory[0]}
-        for k, variant in enumerate(VARIANTS)
-    ]  # fmt: skip
-    yes = {False: "", True: "yes"}
-    cells = [
-        [yes[r["checkpointing"]], yes[r["mixed_precision"]], yes[r["features"]], f"{r['speed']:.2f}", f"{r['memory']:.2f}", f"{r['steps_per_s']:.2f}",
-         f"{r['peak_mib']:.0f}"]
-        for r in rows
-    ]  # fmt: skip
-    print(markdown_table(["gradient checkpointing", "bf16", "features", "speed / plain", "peak memory / plain", "steps/s", "peak MiB"], cells))
-    if args.json:
-        write_json(args.json, {
-            "model": args.model, "batch_size": args.batch_size, "image_size": args.image_size, "vae_channels": args.vae_channels, "vae_blocks": args.vae_blocks,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "rounds": args.rounds, "date": time.strftime("%Y-%m-%d"), "rows": rows,
-        })  # fmt: skip
+    record.add(
+        f"{args.model}, batch {args.batch_size}, {args.image_size}x{args.image_size} pictures",
+        comparison,
+        against={str(variant): {"plain": "plain"} for variant in VARIANTS[1:]},
+        settings={key: getattr(args, key) for key in ("model", "batch_size", "image_size", "vae_channels", "vae_blocks")},
+        notes={str(variant): {"peak MiB": round(mib), "memory / plain": f"{mib / memory[0]:.2f}"} for variant, mib in zip(VARIANTS, memory, strict=True)},
+    )
+    record.show()
 
 
 if __name__ == "__main__":
