@@ -24,7 +24,7 @@ def build_page(backbones: Sequence[Backbone], concurrency: int = 1) -> gr.Blocks
         concurrency: how many runs go on at once; the others wait in a queue.
     """
     jobs = Jobs()
-    with gr.Blocks(title="T-Stitch", analytics_enabled=False) as page:
+    with gr.Blocks(title="T-Stitch", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(TITLE, elem_id="title")
         tabs = [Tab(backbone, jobs, concurrency) for backbone in backbones if backbone.available()]
         page.load(**tabs[0].open_event)

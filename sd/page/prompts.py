@@ -26,6 +26,7 @@ from sd.tstitch_sd_utils import (
     get_tstitch_pipepline_sdxl_lcm_lora,
 )
 from tstitch.cli import DTYPES
+from tstitch.errors import InputError
 from tstitch.presets import ROOT
 from tstitch.schedule import StitchSchedule
 
@@ -57,7 +58,7 @@ class PromptBackbone:
     bundled: bool = False
     size: str = ""
     num_steps: int = 50
-    guidance: float = 7.0
+    guidance: float = 7.5
     count: int = 1
     max_steps: int = 100
     max_guidance: float = 20.0
@@ -79,9 +80,13 @@ class PromptBackbone:
         """Whether the weights are here, or can be fetched."""
         return not self.bundled or is_here(self.large[0])
 
+    def missing(self, request: Request) -> list[str]:
+        """Models that are not on this machine."""
+        return [name for name in (request.large, request.small, *self.besides) if not is_here(name)]
+
     def note(self, request: Request) -> str:
         """Which weights are not on this machine, and what to do; empty where all are."""
-        missing = [name for name in (request.large, request.small, *self.besides) if not is_here(name)]
+        missing = self.missing(request)
         if not missing:
             return ""
         folders = ", ".join(f"`pretrained_models/{name}`" for name in missing)
@@ -93,7 +98,7 @@ class PromptBackbone:
     def command(self, request: Request, schedules: Sequence[StitchSchedule]) -> str:
         """What makes the same pictures in a terminal."""
         words = {
-            "--prompt": [request.subject], "--negative_prompt": [request.negative_prompt] if request.negative_prompt and request.guidance > 1 else [],
+            "--prompt": [request.subject], "--negative_prompt": [request.negative_prompt] if request.negative_prompt else [],
             "--ratios": [f"{r:g}" for r in dict.fromkeys([0.0, *(schedule.fractions[0] for schedule in schedules)])],
             "--num-images": [str(request.count)], "--steps": [str(request.num_steps)], "--guidance": [f"{request.guidance:g}"],
             "--seed": [str(request.seed)], "--large": ["emoji"] if self.bundled else [request.large], "--small": [] if self.bundled else [request.small],
@@ -117,7 +122,7 @@ class PromptBackbone:
         samples: list[Sample] = []
         watch(0.0, "waiting for the models")
         with self._lock:  # a pipeline keeps the state of its scheduler, so it serves one at a time
-            watch(0.0, "loading the models")
+            watch(0.0, "fetching the models" if self.missing(request) else "loading the models")
             pipe = self._pipeline(request)
             for k, schedule in enumerate(schedules):
 
@@ -137,7 +142,13 @@ class PromptBackbone:
         key = (request.large, request.small)
         if key not in self._loaded:
             self._loaded.clear()  # two large models may not fit
-            pipe = self.build(*key)
+            missing = self.missing(request)
+            try:
+                pipe = self.build(*key)
+            except InputError as error:
+                if not missing:
+                    raise
+                raise InputError(f"could not fetch {', '.join(missing)}; connect to the network, or copy what is missing as the note says") from error
             pipe.set_progress_bar_config(disable=True)
             for ratio in (0.0, 1.0):  # the first call of a model prepares kernels, and times are shown
                 sample(pipe, [request.subject], [0], ratio=ratio, num_inference_steps=2)

@@ -47,6 +47,8 @@ class Request:
                 raise InputError(f"the {name} must lie in {low:g}..{high:.10g}" + ("; type a number" if value is None else f", got {value:.10g}"))
         if not (self.subject or "").strip():
             raise InputError("the prompt is empty; write what the picture shall show")
+        if self.negative_prompt and self.guidance <= 1:
+            raise InputError("what is not to be in the picture counts only with guidance above 1; raise it, or leave that field empty")
 
 
 @dataclass(frozen=True)

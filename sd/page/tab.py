@@ -13,6 +13,7 @@ import gradio as gr
 from sd.page.drawings import WORDS, Point, steps_strip, tradeoff, triangle
 from sd.page.jobs import Jobs, messages
 from sd.page.request import Backbone, Request, Sample
+from tstitch.errors import InputError
 from tstitch.schedule import StitchSchedule, three_way_allocations, two_way_ratios
 
 TWO, THREE = "Two models", "Three models"
@@ -22,22 +23,16 @@ AS_BEFORE = [gr.skip()] * 6  # what a run must yield to leave the six outputs as
 QUEUE = "sampling"  # all runs of all users wait in one queue
 
 
-def others(shares: Sequence[float], moved: int) -> list[float]:
-    """Shares on the grid of STEP that sum to 1 again after one of them was moved; the others keep their proportion.
+def keep_the_sum(moved: int) -> str:
+    """JavaScript that takes three shares and gives the two that were not moved, so that all sum to 1; the two keep their proportion on the grid of STEP.
 
-    Args:
-        shares: three numbers in [0, 1], of which only shares[moved] is to be kept.
-        moved: its place.
+    It runs in the browser: a late answer of the server would overwrite what is typed meanwhile.
     """
-    parts = round(1 / STEP)
-    kept = round(shares[moved] * parts)
-    first, second = (k for k in range(3) if k != moved)
-    rest = shares[first] + shares[second]
-    units = [0, 0, 0]
-    units[moved] = kept
-    units[first] = round((parts - kept) * (shares[first] / rest if rest else 0.5))
-    units[second] = parts - kept - units[first]
-    return [round(unit / parts, 2) for unit in units]
+    return f"""(...shares) => {{
+        const moved = Math.min(Math.max(shares.splice({moved}, 1)[0], 0), 1), total = shares[0] + shares[1];
+        const first = Math.min(Math.round((1 - moved) * (total ? shares[0] / total : 0.5) / {STEP}) * {STEP}, 1 - moved);
+        return [first, 1 - moved - first].map((share) => +share.toFixed(9));
+    }}"""
 
 
 def headline(sample: Sample, alone: Sample) -> str:
@@ -53,7 +48,7 @@ def curve(samples: Sequence[Sample], known: Sequence[Point], chosen: str) -> str
     if len(samples) > 2 and all(sample.fd_emoji is not None for sample in samples):
         points = [Point(s.name, s.speed_up, s.fd_emoji) for s in samples]
         return tradeoff(points, chosen, "FD-emoji (lower is better)", "Speed measured in this run; FD-emoji measured before, with these models and settings.")
-    if len(samples) > 2 or not known:
+    if len(samples) > 2:
         points = [Point(s.name, s.speed_up, s.difference) for s in samples]
         return tradeoff(points, chosen, "difference from large alone, grey levels", "Measured in this run, on these pictures.")
     return tradeoff(known, chosen, "FD-emoji (lower is better)", "Measured before, with these models, at the settings this page opens with.")
@@ -93,7 +88,7 @@ class Tab:
         with gr.Group(visible=False, elem_classes="mix") as self.mix:
             self.triangle = gr.HTML(triangle(MIX))
             self.shares = [
-                gr.Slider(0, 1, value=value, step=STEP, label=f"Share of the {word} model", elem_classes=f"share-{word}")
+                gr.Slider(0, 1, value=value, step=STEP, label=f"Share of the {word} model", buttons=[], elem_classes=f"share-{word}")
                 for word, value in zip(WORDS.values(), MIX, strict=True)
             ]
         self.strip = gr.HTML(steps_strip(StitchSchedule.from_ratio(RATIO), self.pair, default.num_steps), elem_classes="strip-box")
@@ -110,8 +105,10 @@ class Tab:
             with gr.Row():
                 self.guidance = gr.Number(default.guidance, label="Guidance", step=0.5, min_width=90, elem_classes="guidance")
                 methods = list(backbone.methods)
-                self.method = gr.Dropdown(methods, value=default.method or None, label="Sampler", min_width=90, visible=bool(methods), elem_classes="method")
-                self.dice = gr.Button("Random seed", size="sm", min_width=90, elem_classes="dice")
+                self.method = gr.Dropdown(
+                    methods, value=default.method or None, label="Sampler", min_width=90, scale=2, visible=bool(methods), elem_classes="method"
+                )
+            self.dice = gr.Button("Random seed", size="sm", elem_classes="dice")
             self.negative = gr.Textbox(label="Not in the picture", max_length=1000, visible=backbone.prompts, elem_classes="negative")
         subjects, seeds = zip(*backbone.examples, strict=True)
         rows, labels = [list(row) for row in backbone.examples], [f"{subject} #{seed}" for subject, seed in zip(subjects, seeds, strict=True)]
@@ -155,24 +152,29 @@ class Tab:
         self.stop.click(None, None, None, cancels=runs)
 
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "trigger_mode": "always_last"}
-        look = (self.look, [self.samples, self.steps, *where], [self.strip, *shown])
-        for k, slider in enumerate(self.shares):
-            moved = slider.input(lambda *shares, k=k: [*others(shares, k), triangle(others(shares, k))], self.shares, [*self.shares, self.triangle], **quick)
-            moved.then(*look, **quick)
-        for component in (self.ratio, self.steps):
-            component.change(*look, **quick)
-        self.mode.change(self.choose_mode, self.mode, [self.ratio, self.mix, self.sweep], **quick).then(*look, **quick)
-        self.gallery.select(self.pick, [self.samples, self.ratio, *self.shares], [self.mode, self.ratio, *self.shares, self.triangle], **quick).then(
-            *look, **quick
-        )
+        for k, share in enumerate(self.shares):
+            share.input(None, self.shares, [other for other in self.shares if other is not share], js=keep_the_sum(k))
+        # One event for all controls: always_last keeps the order of the answers of one event, not of two.
+        gr.on(
+            [control.change for control in (self.mode, self.ratio, *self.shares, self.steps)], self.look,
+            [self.samples, self.steps, *where], [self.strip, self.triangle, *shown], **quick,
+        )  # fmt: skip
+        self.mode.change(self.choose_mode, self.mode, [self.ratio, self.mix, self.sweep], **quick)
+        self.gallery.select(self.pick, [self.samples, self.ratio, *self.shares], where, **quick)
         self.dice.click(lambda: random.randrange(10_000), None, self.seed, **quick)
         if self.backbone.methods:
             self.method.change(lambda method: self.backbone.methods[method].num_steps, self.method, self.steps, **quick)
         for component in (self.large, self.small):
             component.change(self.show_note, [self.large, self.small], self.note, **quick)
 
-    def schedule(self, mode: str, ratio: float, *shares: float) -> StitchSchedule:
-        """The schedule that the sliders show."""
+    def schedule(self, mode: str, ratio: float | None, *shares: float | None) -> StitchSchedule:
+        """The schedule that the sliders show.
+
+        Raises:
+            InputError: if one of them is empty, or the shares of three models do not sum to 1.
+        """
+        if None in (ratio, *shares):
+            raise InputError("a share of the models is empty; type a number from 0 to 1")
         return StitchSchedule.from_ratio(ratio) if mode == TWO else StitchSchedule(shares)
 
     def letters(self, mode: str) -> list[str]:
@@ -183,23 +185,25 @@ class Tab:
         """Show the sliders of two or of three models."""
         return [gr.update(visible=mode == TWO), gr.update(visible=mode == THREE), "All ratios" if mode == TWO else "All mixes"]
 
-    def look(self, samples: list[Sample], num_steps: int | None, mode: str, *where: float) -> list[Any]:
-        """Follow the sliders: steps, plot, and the pictures where they have been sampled already."""
-        if num_steps is None or not 1 <= num_steps <= self.backbone.max_steps:
-            return [gr.skip()] * 4
+    def look(self, samples: list[Sample], num_steps: int | None, mode: str, *where: float | None) -> list[Any]:
+        """Follow the controls: steps, triangle, plot, and the pictures where they have been sampled already."""
+        shares = where[1:]
+        half_typed = num_steps is None or not 2 <= num_steps <= self.backbone.max_steps or None in where
+        if half_typed or (mode == THREE and abs(sum(shares) - 1) > 1e-6):  # the browser moves one share after the other
+            return [gr.skip()] * 5
         with messages():
             schedule = self.schedule(mode, *where)
             name = schedule.describe(self.letters(mode))
             found = next((sample for sample in samples if sample.name == name), None)
             pictures = [headline(found, samples[0]), (samples[0].sheet, found.sheet)] if found else [gr.skip(), gr.skip()]
-            return [steps_strip(schedule, self.letters(mode), num_steps), *pictures, curve(samples, self.known[mode], name)]
+            return [steps_strip(schedule, self.letters(mode), num_steps), triangle(shares), *pictures, curve(samples, self.known[mode], name)]
 
     def pick(self, event: gr.SelectData, samples: list[Sample], ratio: float, *shares: float) -> list[Any]:
         """Set the sliders to the schedule of a picture of the gallery."""
         fractions = samples[event.index].schedule.fractions
         if len(fractions) == 2:
-            return [TWO, fractions[0], *shares, triangle(shares)]
-        return [THREE, ratio, *fractions, triangle(fractions)]
+            return [TWO, fractions[0], *shares]
+        return [THREE, ratio, *fractions]
 
     def show_note(self, large: str, small: str) -> Any:  # noqa: ANN401  (an update)
         """Say whether the weights of other models are here."""
@@ -255,9 +259,8 @@ class Tab:
         """Values of all outputs: the chosen schedule, or the last that is ready, beside the large model alone, and all of several."""
         name = chosen.describe(self.letters(mode))
         found = next((sample for sample in samples if sample.name == name), samples[-1])
-        gallery = gr.skip()
-        if len(schedules) > 1:
-            gallery = gr.update(value=[(sample.sheet, caption(sample, mode)) for sample in samples], visible=True)
+        several = len(schedules) > 1  # a gallery of an earlier run would lead to pictures that are gone
+        gallery = gr.update(value=[(sample.sheet, caption(sample, mode)) for sample in samples] if several else [], visible=several)
         pictures = [headline(found, samples[0]), (samples[0].sheet, found.sheet), curve(samples, self.known[mode], name)]
         return [samples, *pictures, gallery, self.backbone.command(asked, schedules)]
 
