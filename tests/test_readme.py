@@ -42,3 +42,10 @@ def test_every_flag_that_the_documents_name_exists(capsys: pytest.CaptureFixture
                 assert flags <= known, (document.name, name, flags - known)
                 checked += 1
     assert checked >= 60
+
+
+def test_every_test_that_the_documents_name_exists() -> None:
+    defined = set(re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py")), flags=re.MULTILINE))
+    named = {name for document in DOCUMENTS for name in re.findall(r"`(test_\w+)`", document.read_text())}
+    assert len(named) >= 20
+    assert named <= defined, named - defined

@@ -106,6 +106,16 @@ def test_stochastic_solvers_reach_the_data_distribution(name: str) -> None:
     assert abs(x_0.std().item() - DATA_STD) < 0.03
 
 
+def test_ddpm_without_a_learned_variance_adds_noise_of_variance_beta() -> None:
+    diffusion = create_diffusion("10", learn_sigma=False)
+    solver = DDPM(diffusion)
+    x, eps, noise = torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
+    for i in range(9):  # the last step adds none
+        added = solver.step(x, i, eps, noise, ()).x - solver.step(x, i, eps, torch.zeros_like(noise), ()).x
+        torch.testing.assert_close(added, diffusion.betas[9 - i] ** 0.5 * noise, atol=1e-6, rtol=1e-6)
+    assert torch.equal(solver.step(x, 9, eps, noise, ()).x, solver.step(x, 9, eps, torch.zeros_like(noise), ()).x)
+
+
 def test_ddim_with_the_exact_noise_lands_on_x_0() -> None:
     diffusion = create_diffusion("10")
     x_0, eps = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.randn(2, 1, 4, 4, dtype=torch.float64)
