@@ -17,6 +17,7 @@ from dit.checkpoints import build_dit
 from tstitch import emoji_sweep
 from tstitch.checkpoints import file_hash, save_weights
 from tstitch.cli import run, sampling_plan
+from tstitch.errors import InputError
 from tstitch.presets import ROOT, get_preset
 from tstitch.results import quality_by_schedule
 from tstitch.schedule import StitchSchedule, two_way_ratios
@@ -213,3 +214,15 @@ def test_a_sweep_that_was_cut_off_goes_on_to_the_same_numbers(tmp_path: Path, mo
     assert sweep("cut") == whole
     assert len(calls) == 3
     assert len(whole) == len(sweep_emoji.RATIOS) + len(sweep_emoji.THREE_MODEL_MIXES) == 17
+
+
+def test_a_sweep_takes_any_schedules_and_refuses_what_is_none(tmp_path: Path) -> None:
+    few = ["--num-images", "2", "--num-sampling-steps", "5", "--device", "cpu", "--out", str(tmp_path / "out.json"), "--work-dir", str(tmp_path / "work")]
+    large_first = '{"fractions": [0.6, 0.4], "order": [2, 0]}'
+    sweep_emoji.main([*few, "--ratios", "0", "0.4", "--no-mixes", "--schedules", large_first, '{"fractions": [0.4, 0.6], "order": [0, 1]}'])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["L:100", "S:40 L:60", "L:60 S:40", "S:40 B:60"]
+    assert [row["evaluations"] for row in rows] == [[0, 0, 5], [2, 0, 3], [2, 0, 3], [2, 3, 0]]
+    for wrong, reason in (("{", "not a stitch schedule"), ('{"fractions": [0.5, 0.5], "order": [0, 3]}', "denoiser")):
+        with pytest.raises(InputError, match=reason):
+            sweep_emoji.main([*few, "--schedules", wrong])
