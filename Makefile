@@ -43,7 +43,7 @@ format: .venv/.installed   ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.installed   ## all benchmarks in their quick form, about 15 minutes on two idle cores -> benchmarks/results
+bench: .venv/.installed   ## the benchmarks in their quick form -> benchmarks/results
 	$(BIN)/python benchmarks/bench.py
 
 bench-check: .venv/.installed   ## the same, compared with the recorded ratios: names what fell by more than 10 %

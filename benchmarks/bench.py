@@ -1,4 +1,4 @@
-"""The benchmarks in their quick form, one process each: make bench records them, make bench-check compares them with what was recorded.
+"""The benchmarks in their quick form, all but generation.py, one process each: make bench records them, make bench-check compares them with what was recorded.
 
     python benchmarks/bench.py                   # writes benchmarks/results/
     python benchmarks/bench.py --check           # writes nothing; exit code 1 if a ratio fell
@@ -66,6 +66,12 @@ def fallen(recorded: Mapping[tuple[str, str, str], float], measured: Mapping[tup
     return [[*key, f"{was:.3f}", f"{measured[key]:.3f}"] for key, was in recorded.items() if key in measured and measured[key] < FALLEN * was]
 
 
+def lost(recorded: Mapping[tuple[str, str, str], float], measured: Mapping[tuple[str, str, str], float]) -> list[list[str]]:
+    """The same rows of ratios that a case had and, though it was measured, has no more."""
+    cases = {case for case, _, _ in measured}
+    return [[*key, f"{was:.3f}", "-"] for key, was in recorded.items() if key not in measured and key[0] in cases]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run them; compare or leave the record."""
     args = parse_args(argv)
@@ -83,10 +89,11 @@ def main(argv: list[str] | None = None) -> None:
         measured = {path.name.removesuffix(f"_{kind}.json"): ratios(read_cases(path), here) for path in folder.glob(f"*_{kind}.json")} if args.check else {}
     if args.check:
         compared = sum(len(was.keys() & measured.get(name, {}).keys()) for name, was in recorded.items())
-        rows = [[name, *row] for name, was in recorded.items() for row in fallen(was, measured.get(name, {}))]
+        found = ((name, was, measured.get(name, {})) for name, was in recorded.items())
+        rows = [[name, *row] for name, was, now in found for row in [*fallen(was, now), *lost(was, now)]]
         if rows:
             print(markdown_table(["benchmark", "case", "variant", "reference", "recorded", "now"], rows))
-        print(f"{len(rows)} of {compared} ratios fell by more than 10 %")
+        print(f"{len(rows)} of {compared} ratios fell by more than 10 % or were lost")
         if not compared and not failed:
             raise InputError("no case that was recorded here was measured again; record the quick forms with make bench")
     for words in failed:

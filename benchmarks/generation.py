@@ -132,7 +132,7 @@ def add_line(comparison: Comparison, sizes: list[Size], along: str) -> dict[str,
     """Add the largest run as the line through the two others has it; who is compared with it, as `Record.add` wants to be told."""
     a, b, c = (getattr(size, along) for size in sizes)
     first, second, _ = (comparison.seconds[str(size)] for size in sizes)
-    comparison.seconds["line through the two"] = [x + (y - x) * (c - a) / (b - a) for x, y in zip(first, second, strict=True)]
+    comparison.reckoned["line through the two"] = [x + (y - x) * (c - a) / (b - a) for x, y in zip(first, second, strict=True)]
     return {str(sizes[-1]): {"line": "line through the two"}}
 
 

@@ -119,7 +119,7 @@ class Record:
         """Write a case, in place of an older one of its name.
 
         Args:
-            case: name that tells it from the benchmark's other cases.
+            case: name that tells it from the benchmark's other cases on the same machine.
             against: variant -> what its reference is called in the table -> the reference. A variant that is not named has no ratio.
             settings: what was run.
             flops: variant -> FLOPs of a call, and the matrix product that they are a fraction of.
@@ -141,13 +141,18 @@ class Record:
             "peak_flops_per_s": {name: product_flops(name) / comparison.median(name) for name in comparison.seconds if name.startswith(PRODUCT)},
             "rows": rows,
         }  # fmt: skip
-        cases = {old["case"]: old for old in (read_cases(self.path) if self.path.exists() else [])} | {case: found}
+        cases = {identity(old): old for old in (read_cases(self.path) if self.path.exists() else [])} | {identity(found): found}
         write_json(self.path, {"benchmark": self.benchmark, "cases": list(cases.values())})
         self.measured.append(case)
 
     def show(self) -> None:
         """Print what was measured in this run."""
         print(cases_table([case for case in read_cases(self.path) if case["case"] in self.measured]))
+
+
+def identity(case: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells a case from others: its name, and the machine that it was measured on."""
+    return tuple(case[key] for key in ("case", "device", "cpu", "threads"))
 
 
 def read_cases(path: Path) -> list[dict[str, Any]]:

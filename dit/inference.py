@@ -6,7 +6,7 @@
   they are missing, or do not answer as the plain layer does, the plain layer stays.
 - Or all of it is compiled (`compile=True`), which takes a minute once.
 
-Nothing is chosen by a clock: which kernel runs decides the last bits of a sample, and those shall depend on its seed alone.
+No kernel is chosen by a clock: which one runs decides the last bits of a sample, and those shall not change from run to run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class PlainLinear(nn.Module):
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this torch and this processor have packed layers of a number type, and they answer as plain ones do, to its rounding."""
-    layer, x = nn.Linear(64, 64, dtype=dtype), torch.linspace(-2, 2, 8 * 64).view(8, 64).to(dtype)
+    with torch.random.fork_rng(devices=[]):  # what the caller draws next shall not depend on this
+        layer = nn.Linear(64, 64, dtype=dtype)
+    x = torch.linspace(-2, 2, 8 * 64).view(8, 64).to(dtype)
     ops = torch.ops.mkldnn
     supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     try:
@@ -115,8 +117,8 @@ class Modulations:
         for label in labels:
             found = kept.pop(label, None)
             kept[label] = self.compute(self.times, torch.full(self.times.shape, label)) if found is None else found
-        self.kept = dict(list(kept.items())[-self.most_kept :])  # the latest; replaced at once, since two threads may call
-        return self.kept
+        kept = self.kept = dict(list(kept.items())[-self.most_kept :])  # the latest; a new dict each time, since two threads may call
+        return kept
 
     def compute(self, t: Tensor, y: Tensor) -> Tensor:
         """Compute them, all blocks at once."""

@@ -81,8 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     def losses(model: nn.Module, step: int, part: int) -> dict[str, Tensor]:
         x_0, y = plan.batch(step, part)
         t = torch.randint(first, last, (len(y),))
-        noise = torch.randn(x_0.shape).to(x_0.device)
-        t = t.to(x_0.device)
+        noise, t = plan.to_device(torch.randn(x_0.shape)), plan.to_device(t)
         terms = diffusion.training_losses(model, x_0, t, {"y": y}, noise=noise)
         return {"loss": (terms["loss"] * weights[t]).mean(), "mse": terms["mse"].mean()}
 

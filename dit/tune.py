@@ -1,7 +1,7 @@
 """Find the schedule of small, (base,) and large DiT for a budget: the best within a latency, or the fastest within a loss of quality.
 
     python dit/tune.py --preset emoji --speed-up 1.5            # the best schedule that is 1.5 times as fast as the large model alone
-    python dit/tune.py --preset emoji --latency 0.05            # the best within 0.05 s a picture, on this machine
+    python dit/tune.py --preset emoji --latency 0.1             # the best within 0.1 s for a picture, on this machine; --num-images N: N made together
     python dit/tune.py --preset emoji --max-loss 5              # the fastest whose FD-emoji is at most 5 % above the large model's
     python dit/tune.py --speed-up 2 --num-sampling-steps 100    # weights whose quality nobody measured: the least of the small model that is fast enough
 
@@ -20,6 +20,7 @@ from dit.checkpoints import load_denoisers
 from dit.sweep_emoji import RATIOS, THREE_MODEL_MIXES
 from tstitch.budget import add_budget_args, check_budget, tune
 from tstitch.cli import add_sampling_args, add_weights_args, new_parser, run, sampling_plan, stitched_files
+from tstitch.schedule import two_way_ratios
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,6 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_budget_args(parser)
     add_weights_args(parser)
     add_sampling_args(parser)
+    parser.set_defaults(num_images=1)
     return parser.parse_args(argv)
 
 
@@ -36,8 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_budget(args)
     plan = sampling_plan(args)
-    files = stitched_files(args, plan, three=True)
-    tune(args, plan, load_denoisers(plan, files), files, [*RATIOS, *THREE_MODEL_MIXES])
+    three = bool(args.b_ckpt) or len(plan.preset.denoisers) == 3
+    files = stitched_files(args, plan, three=three)
+    tune(args, plan, load_denoisers(plan, files), files, [*RATIOS, *THREE_MODEL_MIXES] if three else two_way_ratios())
 
 
 if __name__ == "__main__":

@@ -71,8 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def losses(model: nn.Module, step: int, part: int) -> dict[str, Tensor]:
         x_1, y = plan.batch(step, part)
-        # Drawn on the CPU: other devices give other numbers for the same seed.
-        x_0, u = torch.randn(x_1.shape).to(x_1.device), torch.rand(len(y)).to(x_1.device)
+        x_0, u = plan.to_device(torch.randn(x_1.shape)), plan.to_device(torch.rand(len(y)))
         return {"loss": transport.training_losses(model, x_1, {"y": y}, x_0, u)["loss"].mean()}
 
     words = transport_words(transport)

@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_weights_args(parser)
     add_dit_arg(parser)
     add_sampling_args(parser, diffusion=False)
+    parser.set_defaults(num_images=1)
     return parser.parse_args(argv)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -16,10 +17,16 @@ from tstitch.errors import InputError
 
 # Largest model alone first; "worse" is beaten in both respects by "good".
 OPTIONS = [
-    Option("{}", name, seconds, 1.0 / seconds, quality)
-    for name, seconds, quality in (("large", 1.0, 2.0), ("good", 0.7, 1.9), ("worse", 0.8, 2.1), ("fast", 0.4, 2.3), ("small", 0.2, 4.0))
+    Option("{}", name, seconds, 1.0 / seconds, largest, quality)
+    for name, seconds, largest, quality in (
+        ("large", 1.0, 1.0, 2.0),
+        ("good", 0.7, 0.6, 1.9),
+        ("worse", 0.8, 0.5, 2.1),
+        ("fast", 0.4, 0.3, 2.3),
+        ("small", 0.2, 0.0, 4.0),
+    )  # fmt: skip
 ]
-UNKNOWN = [Option(option.schedule, option.name, option.seconds, option.speed_up, None) for option in OPTIONS]
+UNKNOWN = [replace(option, quality=None) for option in OPTIONS]
 QUICK = ["--preset", "emoji", "--num-images", "1", "--num-sampling-steps", "20", "--device", "cpu"]
 
 
@@ -55,8 +62,8 @@ def test_what_is_chosen_keeps_the_budget_and_is_the_best_that_does(latency: floa
         assert all(chosen.seconds <= option.seconds for option in fitting)
 
 
-def test_of_unknown_quality_the_slowest_that_fits_is_chosen_and_a_loss_is_refused() -> None:
-    assert choose(UNKNOWN, latency=0.75).name == "good"
+def test_of_unknown_quality_the_most_of_the_largest_model_is_chosen_and_a_loss_is_refused() -> None:
+    assert choose(UNKNOWN, latency=0.9).name == "good"  # and not the slower one with less of it
     with pytest.raises(InputError, match="cannot be judged"):
         choose(UNKNOWN, max_loss=0.1)
     with pytest.raises(InputError, match="small, takes 0.2 s a picture"):

@@ -192,7 +192,7 @@ def test_the_share_of_the_time_that_the_device_was_busy_is_told(tmp_path: Path, 
     write = generate.SampleFolder.write
     monkeypatch.setattr(generate.SampleFolder, "write", lambda self, *chunk: time.sleep(0.05) or write(self, *chunk))
     beside = sweep_of_nothing(tmp_path / "beside", 100, Slow)  # 2 steps of 0.05 s, and then 0.05 s of writing
-    assert f"device busy {beside:.3f} of the time" in capsys.readouterr().out
+    assert f"device busy for at most {beside:.3f} of the time" in capsys.readouterr().out
     assert 0.8 < beside < 1.0  # all but the last chunk's writing
     monkeypatch.setattr(generate, "WAITING_CHUNKS", 0)
     assert sweep_of_nothing(tmp_path / "waiting", 100, Slow) < 0.75  # 0.1 of 0.15 s

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import tiny_dit
 
+from dit.inference import prepare_for_inference
 from tstitch.diffusion import create_diffusion
 from tstitch.guidance import ClassifierFreeGuidance
 from tstitch.noise import SampleNoise
@@ -55,3 +56,19 @@ def test_the_loop_never_waits_for_the_device(small_and_large) -> None:
         torch.cuda.set_sync_debug_mode("default")
         for model in denoisers:
             model.cpu()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_prepared_models_in_turn_are_the_functions_they_were_made_of(small_and_large, compiled: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    models = [model.cuda() for model in small_and_large]
+    prepared = [prepare_for_inference(model, (500, 20), compile=compiled) for model in models]
+    x, y = torch.randn(4, 4, 8, 8, device="cuda"), torch.arange(4, device="cuda")
+    with torch.no_grad():
+        for t in (500, 20, 500, 7):  # the second model's graph must not write into the first one's answer
+            times = torch.full((4,), t, device="cuda")
+            answers = [model(x, times, y) for model in prepared]
+            for model, answer in zip(models, answers, strict=True):
+                assert (answer - model(x, times, y)).abs().max() < 1e-5
+    for model in models:
+        model.cpu()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -127,19 +129,50 @@ def test_x_is_not_changed() -> None:
     assert torch.equal(X, before)
 
 
-def test_what_was_compiled_is_compared_with_the_function(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    for error, warned in ((1e-7, False), (0.5, True)):
-        calls: list[int] = []
+@pytest.mark.parametrize(("dtype", "error", "warned"), [
+    (torch.float32, 1e-6, False), (torch.float32, 1e-3, True), (torch.bfloat16, 2**-6, False), (torch.bfloat16, 0.2, True), (torch.float16, 0.05, True),
+])  # fmt: skip
+def test_what_was_compiled_is_compared_with_the_function(
+    dtype: torch.dtype, error: float, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    calls: list[int] = []
 
-        def compile_wrongly(function: Callable, error: float = error, calls: list[int] = calls, **how: object) -> Callable:
-            return lambda given: calls.append(len(given)) or function(given) + error
+    def compile_wrongly(function: Callable, **how: object) -> Callable:
+        return lambda given: calls.append(len(given)) or function(given) + error
 
-        monkeypatch.setattr(torch, "compile", compile_wrongly)
-        doubled = Compiled(lambda x: 2 * x, torch.device("cpu"), torch.float32)
-        for x in (torch.ones(2), torch.ones(2), torch.ones(3)):
-            assert torch.allclose(doubled(x), 2 * x, atol=1e-6)
-        assert ("run uncompiled" in capsys.readouterr().err) == warned
-        assert calls == ([2] if warned else [2, 2, 3])
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    doubled = Compiled(lambda x: 2 * x, torch.device("cpu"), dtype)
+    for x in (torch.ones(2), torch.ones(2), torch.ones(3)):
+        answer = doubled(x.to(dtype))
+        assert torch.allclose(answer, 2 * x.to(dtype), atol=0 if warned else 1.1 * error)
+    assert ("run uncompiled" in capsys.readouterr().err) == warned
+    assert calls == ([2] if warned else [2, 2, 3])
+
+
+def test_two_threads_may_call_one_model() -> None:
+    modulations = Modulations(tiny(), (500, 20))
+    alone = [Modulations(tiny(), (500, 20))(torch.tensor([500]), torch.tensor([label])) for label in range(4)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with torch.no_grad(), ThreadPoolExecutor(4) as threads:
+
+            def ask(label: int) -> bool:
+                with torch.no_grad():
+                    modulations.kept = {}
+                    return torch.equal(modulations(torch.tensor([500]), torch.tensor([label])), alone[label])
+
+            assert all(threads.map(ask, [k % 4 for k in range(2000)]))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_making_a_model_ready_draws_nothing() -> None:
+    model = tiny()
+    can_pack.cache_clear()
+    before = torch.get_rng_state()
+    prepare_for_inference(model)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow

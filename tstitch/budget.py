@@ -22,25 +22,34 @@ from tstitch.guidance import Denoiser
 from tstitch.presets import DenoiserFile
 from tstitch.results import markdown_table, quality_by_schedule, run_record
 from tstitch.schedule import StitchSchedule
+from tstitch.tradeoff import evaluation_seconds
 from tstitch.tune import measure_seconds
 from tstitch.walker import total_seconds
 
 
 @dataclass(frozen=True)
 class Option:
-    """A schedule, its predicted seconds a picture here, its speed against the largest model alone, and its measured quality (lower is better) or None."""
+    """A schedule and what it is expected to be here.
+
+    Args:
+        seconds: a picture, predicted.
+        speed_up: against the largest model alone.
+        largest: the largest model's share of the evaluations.
+        quality: as it was measured, lower is better; None where it was not.
+    """
 
     schedule: str
     name: str
     seconds: float
     speed_up: float
+    largest: float
     quality: float | None
 
 
 def add_budget_args(parser: argparse.ArgumentParser) -> None:
     """Add what is asked of a schedule; `tune` reads it."""
     group = parser.add_argument_group("budget")
-    group.add_argument("--latency", type=float, metavar="SECONDS", help="most seconds a picture, decoding included: the best schedule within them")
+    group.add_argument("--latency", type=float, metavar="SECONDS", help="the best schedule within so many seconds a picture, --num-images made together")
     group.add_argument("--speed-up", type=float, metavar="X", help="at least X times as fast as the largest model alone: the best such schedule")
     group.add_argument("--max-loss", type=float, metavar="PERCENT", help="at most so much worse than the largest model alone: the fastest such schedule")
     group.add_argument("--out", type=Path, default=Path("results/tune.json"), help="file to write: every schedule and the chosen one")
@@ -98,7 +107,7 @@ def choose(options: Sequence[Option], *, latency: float | None = None, speed_up:
             raise InputError(f"of the schedules that are fast enough the best, {best.name}, is {loss:+.1f} % from the largest model; allow as much")
         return min(good, key=lambda option: option.seconds)
     if any(option.quality is None for option in fast):
-        return max(fast, key=lambda option: option.seconds)
+        return max(fast, key=lambda option: (option.largest, option.seconds))
     return min(fast, key=lambda option: (option.quality, option.seconds))
 
 
@@ -115,14 +124,16 @@ def measure_options(
     evaluations = [plan.walker.work([schedule], len(denoisers)) for schedule in schedules]
     if None in evaluations:
         raise InputError("this method chooses its own steps, so that its cost is not known beforehand; choose a method with fixed steps")
-    each = plan.walker.evaluation_seconds(denoisers, x, y, guidance=plan.guidance, noise=plan.noise)
+    each = evaluation_seconds(plan, denoisers, x, y)
     (decode,) = measure_seconds([lambda: autoencoder.decode(x)], plan.device)
     source, quality = quality_by_schedule(plan.preset.results, plan.settings, run_record(plan, files)["weights"])
     seconds = [(total_seconds(counts, each) + decode) / len(y) for counts in evaluations]
     names = [schedule.describe([file.letter for file in files]) for schedule in schedules]
-    known = quality if all(name in quality for name in names) else {}
+    known = quality if names[0] in quality else {}  # without the largest model's own, nothing can be said of a loss
     options = [
-        Option(schedule.to_json(), name, spent, seconds[0] / spent, known.get(name)) for schedule, name, spent in zip(schedules, names, seconds, strict=True)
+        Option(schedule.to_json(), name, spent, seconds[0] / spent, counts[-1] / sum(counts), known.get(name))
+        for schedule, name, spent, counts in zip(schedules, names, seconds, evaluations, strict=True)
+        if not known or name in known  # what was measured is not compared with what was not
     ]
     return options, source if known else None
 

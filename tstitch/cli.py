@@ -143,7 +143,7 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, dif
     group.add_argument("--vae", help="mse or ema (the Stable Diffusion autoencoders), a folder in diffusers format, a hub name, or none for models of pixels")
     group.add_argument("--dtype", choices=DTYPES, default="fp32", help="number type of the denoisers' weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    group.add_argument("--compile", action="store_true", help="torch.compile the denoisers: a minute each, once; pays on a GPU, seldom on a CPU")
+    group.add_argument("--compile", action="store_true", help="torch.compile the denoisers: a minute for each, once")
 
 
 def add_ratio_args(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ class Compiled:
     def __init__(self, function: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tstitch" / "compiled"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-        self.function, self.on_gpu, self.tolerance = function, device.type == "cuda", 16 * torch.finfo(dtype).eps ** 0.75
+        self.function, self.on_gpu, self.tolerance = function, device.type == "cuda", max(1e-4, 6 * torch.finfo(dtype).eps)
         how = {"mode": "reduce-overhead"} if self.on_gpu else {"options": {"freezing": True}} if device.type == "cpu" else {}
         self.compiled = torch.compile(function, **how)
         self.checked: set[torch.Size] = set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tstitch.plots import plot_tradeoff
 from tstitch.presets import ROOT, DenoiserFile
 from tstitch.results import markdown_table, weight_hashes
 from tstitch.schedule import StitchSchedule
+from tstitch.sweep import UNMEASURED
 from tstitch.walker import total_seconds
 
 METRIC = "FD-emoji: Frechet distance in the features of the bundled extractor; comparable only with itself"
@@ -82,6 +84,7 @@ def sweep(
     Raises:
         InputError: on all processes, if something is missing, or the work folder belongs to another sweep.
     """
+    plan = replace(plan, max_batch=plan.max_batch or UNMEASURED)  # a measured batch would be another after a kill, and so would the last bits
     with ranks.agree():
         if len(plan.labels) < 2:
             raise InputError("FD-emoji needs at least 2 images; pass a larger --num-images")
@@ -97,6 +100,8 @@ def sweep(
             "seed": args.seed,
             "dtype": args.dtype,
             "chunk": args.chunk,
+            "max_batch": plan.max_batch,
+            "compile": plan.compile,
             "schedules": [schedule.to_json() for schedule in schedules],
         }
         begin(args.work_dir, config)

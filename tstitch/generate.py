@@ -3,7 +3,8 @@
 Picture i is made from global seed + i alone, to the last bit. A matrix product rounds differently in a batch of another size, so batches are fixed by
 number: chunk c is pictures c*B ... c*B+B-1, walked along all schedules as one tree by whichever rank has it. So 1 rank and 64 ranks, and a run that was
 killed and resumed, write the same bytes. B and the list of schedules belong to a sweep's identity, and so do the kind of device and, on CPUs, the
-threads of a rank (OMP_NUM_THREADS, else 1): they decide in which order floats are summed. The number of ranks does not.
+threads of a rank (OMP_NUM_THREADS, else 1): they decide in which order floats are summed. The number of ranks does not. With --compile a resumed run agrees
+to rounding, not to the byte: what is compiled depends on the shapes met before.
 
 A chunk is on disk for all schedules before it is marked; after a kill, what has no mark is made again. Ranks meet only to agree that their input is
 usable; otherwise they share a folder, on a disk that all machines see.
@@ -255,6 +256,7 @@ def describe(args: argparse.Namespace, plan: SamplingPlan, files: Sequence[Denoi
         "class_labels": args.class_labels,  # None: drawn from each picture's own seed
         "dtype": args.dtype,
         "tf32": args.tf32,
+        "compile": plan.compile,
         "per_proc_batch_size": args.per_proc_batch_size,
         "max_batch": plan.max_batch,
         "png": args.png,
@@ -315,7 +317,7 @@ def generate(
         busy = store(ranks, folder, left, latents, autoencoder)
     if main:
         folder.finish(config)
-        print(f"{args.sample_dir}: {len(schedules)} x {len(plan.labels)} pictures" + (f", device busy {busy:.3f} of the time" if left else ""))
+        print(f"{args.sample_dir}: {len(schedules)} x {len(plan.labels)} pictures" + (f", device busy for at most {busy:.3f} of the time" if left else ""))
         if plan.recipe:
             print(f"recipe {plan.recipe.name}: against {plan.recipe.reference}, {plan.recipe.published} was published ({plan.recipe.source})")
     return busy
@@ -360,7 +362,7 @@ class Decoder:
 
     def __init__(self, autoencoder: Autoencoder) -> None:
         self.autoencoder, self.device = autoencoder, autoencoder.device
-        self.beside = self.device.type != "cpu" or free_cores() > 0
+        self.beside = self.device.type == "cuda" or (self.device.type == "cpu" and free_cores() > 0)  # MPS bears one thread
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def decode(self, latents: list[Tensor]) -> Iterable[Tensor]:

@@ -60,9 +60,7 @@ def compare(
     decoding.
     """
     x_T, y = plan.noise.latents(autoencoder.latent_shape(plan.image_size), plan.device), plan.labels.to(plan.device)
-    n = min(len(y), plan.max_batch or UNMEASURED)
-    measured = plan.walker.evaluation_seconds(denoisers, x_T[:n], y[:n], guidance=plan.guidance, noise=SampleNoise(plan.noise.seeds[:n]))
-    seconds_each = [seconds * len(y) / n for seconds in measured]
+    seconds_each = evaluation_seconds(plan, denoisers, x_T, y)
     walked = _walk(plan, denoisers, x_T, y, schedules, seconds_each)
     images, decode_seconds = _decode(autoencoder, walked.latents)
 
@@ -86,6 +84,13 @@ def compare(
     ]
     record |= {"step_seconds": dict(zip(letters, seconds_each, strict=True)), "decode_seconds": decode_seconds, "quality_from": source and source.name}
     return Comparison(rows, images, record)
+
+
+def evaluation_seconds(plan: SamplingPlan, denoisers: Sequence[Denoiser], x: Tensor, y: Tensor) -> list[float]:
+    """Seconds that one guided evaluation of each denoiser takes for the batch x (N, C, H, W), y (N,), in calls of at most --max-batch."""
+    n = min(len(y), plan.max_batch or UNMEASURED)
+    measured = plan.walker.evaluation_seconds(denoisers, x[:n], y[:n], guidance=plan.guidance, noise=SampleNoise(plan.noise.seeds[:n]))
+    return [seconds * len(y) / n for seconds in measured]
 
 
 def compare_and_save(folder: Path, plan: SamplingPlan, denoisers: Sequence[Denoiser], files: Sequence[DenoiserFile], schedules: list[StitchSchedule]) -> None:

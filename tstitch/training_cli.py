@@ -102,9 +102,14 @@ class TrainingPlan:
 
     def batch(self, step: int, part: int) -> tuple[Tensor, Tensor]:
         """Latents (n, C, h, w) and labels (n,) of a part of a step, on the device; what a part draws first, see `Prefetcher`."""
-        drawn = self._prefetcher.take(step, part) if self.prefetch else self._draw(step, part)
-        latents, labels = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in drawn)
-        return latents, labels
+        latents, labels = self._prefetcher.take(step, part) if self.prefetch else self._draw(step, part)
+        return self.to_device(latents), self.to_device(labels)
+
+    def to_device(self, drawn: Tensor) -> Tensor:
+        """A tensor that was drawn on the CPU, since other devices give other numbers for the same seed; a GPU need not stop for it."""
+        device = self.accelerator.device
+        # From other memory than pinned a copy waits for all that the GPU has been given before.
+        return (drawn.pin_memory() if device.type == "cuda" and not drawn.is_pinned() else drawn).to(device, non_blocking=True)
 
     def _draw(self, step: int, part: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         index = draw_batch(
@@ -113,7 +118,7 @@ class TrainingPlan:
         latents, labels = self.data.latents(index, generator), self.data.labels[index]
         if self.accelerator.device.type != "cuda":
             return latents, labels
-        return latents.pin_memory(), labels.pin_memory()  # from other memory a copy waits for all that the GPU has been given before
+        return latents.pin_memory(), labels.pin_memory()
 
     @cached_property
     def _prefetcher(self) -> Prefetcher:
@@ -261,5 +266,5 @@ def training_plan(args: argparse.Namespace) -> TrainingPlan:
         weights=class_weights(data.labels, args.class_balance) if args.class_balance else None,
         max_steps=max(1, round(args.epochs * epoch_steps)) if args.epochs else args.max_steps or 400_000,
         part_size=args.global_batch_size // parts,
-        prefetch=accelerator.device.type != "cpu",  # there it would compete with the step for the cores
+        prefetch=accelerator.device.type == "cuda",  # on a CPU it would compete with the step for the cores, and MPS bears one thread
     )

@@ -26,6 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_budget_args(parser)
     add_ldm_args(parser)
     add_sampling_args(parser, diffusion=False)
+    parser.set_defaults(num_images=1)
     return parser.parse_args(argv)
 
 
