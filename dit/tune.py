@@ -26,7 +26,7 @@ from tstitch.schedule import two_way_ratios
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    add_budget_args(parser)
+    add_budget_args(parser, "dit")
     add_weights_args(parser)
     add_sampling_args(parser)
     parser.set_defaults(num_images=1)

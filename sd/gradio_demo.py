@@ -42,14 +42,17 @@ def main(argv: list[str] | None = None) -> None:
     if any(len(pair) != 2 or not all(pair) for pair in users):
         raise InputError("--auth is USER:PASSWORD, e.g. --auth me:secret")
     device = str(parse_device(args.device))
+    if args.port is not None and args.port > 65535:
+        raise InputError(f"--port must lie in 1..65535, got {args.port}")
     backbones = [*class_backbones(device, args.dtype or "fp32"), *prompt_backbones(device, args.dtype)]
     page = build_page(backbones, args.concurrency)
     try:
         page.launch(
             server_name=args.host, server_port=args.port, share=args.share, auth=users or None, theme=theme(), css_paths=[CSS], footer_links=[], show_error=True
         )
-    except OSError as error:
-        raise InputError(f"could not listen on {args.host}: {error}; choose another --port") from None
+    except OSError:
+        place = f"{args.host}:{args.port}" if args.port else args.host
+        raise InputError(f"could not listen on {place}, which is in use or not this machine's; choose another --port or --host") from None
 
 
 if __name__ == "__main__":

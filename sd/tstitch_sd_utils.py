@@ -36,6 +36,7 @@ from sd.stitched_unet import UNET_OFFLOADS, StitchedUNet, small_folders
 from tstitch.checkpoints import first_line
 from tstitch.cli import parse_device
 from tstitch.errors import InputError
+from tstitch.files import read_json
 from tstitch.presets import ROOT
 from tstitch.schedule import StitchSchedule
 
@@ -297,6 +298,8 @@ def _check_family(kind: type[DiffusionPipeline], large: Source, cache_dir: Sourc
 def read_part(cls: type, source: Source, *, variant: str | None = None, subfolder: str | None = None, **how: Any) -> Any:  # noqa: ANN401  (a `cls`)
     """`cls.from_pretrained` for hub names and folders; a model that lacks the variant is read without."""
     folder = local_folder(source)
+    if folder is not None and (folder / "model_index.json").exists() and not {"vae"} & (how.keys() | read_json(folder / "model_index.json").keys()):
+        raise InputError(f"{source} has no autoencoder, which the emoji pair's trainer leaves out; load it in Python with vae=FOLDER, see sd/README.md")
     if folder is not None and subfolder is not None and not (folder / subfolder).is_dir():
         subfolder = None  # a model alone
     place = {"subfolder": subfolder} if subfolder else {}
@@ -304,7 +307,7 @@ def read_part(cls: type, source: Source, *, variant: str | None = None, subfolde
         try:
             return cls.from_pretrained(folder or source, variant=attempt, **place, **how)
         except (OSError, ValueError, SafetensorError) as error:
-            reason = first_line(error)
+            reason = first_line(error) if folder else "it is no folder here, and the hub cannot be reached or has no such model"
     raise InputError(f"could not load {source} ({reason}); pass a folder in diffusers format, or connect to the hub")
 
 

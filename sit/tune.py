@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     add_equation_args(parser)
-    add_budget_args(parser)
+    add_budget_args(parser, "sit")
     add_weights_args(parser)
     add_dit_arg(parser)
     add_sampling_args(parser, diffusion=False)

@@ -66,7 +66,7 @@ def test_of_unknown_quality_the_most_of_the_largest_model_is_chosen_and_a_loss_i
     assert choose(UNKNOWN, latency=0.9).name == "good"  # and not the slower one with less of it
     with pytest.raises(InputError, match="cannot be judged"):
         choose(UNKNOWN, max_loss=0.1)
-    with pytest.raises(InputError, match="small, takes 0.2 s a picture"):
+    with pytest.raises(InputError, match="small, takes 0.2 s a picture here, 5.00 times"):
         choose(UNKNOWN, latency=0.1)
 
 

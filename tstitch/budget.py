@@ -46,13 +46,13 @@ class Option:
     quality: float | None
 
 
-def add_budget_args(parser: argparse.ArgumentParser) -> None:
-    """Add what is asked of a schedule; `tune` reads it."""
+def add_budget_args(parser: argparse.ArgumentParser, backbone: str) -> None:
+    """Add what is asked of a schedule; `tune` reads it. `backbone` makes the default file."""
     group = parser.add_argument_group("budget")
     group.add_argument("--latency", type=float, metavar="SECONDS", help="the best schedule within so many seconds a picture, --num-images made together")
     group.add_argument("--speed-up", type=float, metavar="X", help="at least X times as fast as the largest model alone: the best such schedule")
     group.add_argument("--max-loss", type=float, metavar="PERCENT", help="at most so much worse than the largest model alone: the fastest such schedule")
-    group.add_argument("--out", type=Path, default=Path("results/tune.json"), help="file to write: every schedule and the chosen one")
+    group.add_argument("--out", type=Path, default=Path(f"results/tune_{backbone}.json"), help="file to write: every schedule and the chosen one")
 
 
 def check_budget(args: argparse.Namespace) -> None:
@@ -98,7 +98,10 @@ def choose(options: Sequence[Option], *, latency: float | None = None, speed_up:
     fast = [o for o in options if (latency is None or o.seconds <= latency) and (speed_up is None or o.speed_up >= speed_up)]
     if not fast:
         fastest = min(options, key=lambda option: option.seconds)
-        raise InputError(f"the fastest schedule here, {fastest.name}, takes {fastest.seconds:.3g} s a picture (x{fastest.speed_up:.2f}); allow as much")
+        raise InputError(
+            f"no schedule is fast enough: the fastest, {fastest.name}, takes {fastest.seconds:.3g} s a picture here, "
+            f"{fastest.speed_up:.2f} times as fast as the largest model; ask for no more"
+        )
     if max_loss is not None:
         good = [o for o in fast if o.quality <= (1 + max_loss) * options[0].quality]
         if not good:
@@ -123,7 +126,7 @@ def measure_options(
     x, y = plan.noise.latents(denoisers[0].latent_shape, plan.device), plan.labels.to(plan.device)
     evaluations = [plan.walker.work([schedule], len(denoisers)) for schedule in schedules]
     if None in evaluations:
-        raise InputError("this method chooses its own steps, so that its cost is not known beforehand; choose a method with fixed steps")
+        raise InputError("this method chooses its own steps, so that its cost is not known beforehand; choose one with fixed steps: --sampling-method heun2")
     each = evaluation_seconds(plan, denoisers, x, y)
     (decode,) = measure_seconds([lambda: autoencoder.decode(x)], plan.device)
     source, quality = quality_by_schedule(plan.preset.results, plan.settings, run_record(plan, files)["weights"])
@@ -161,4 +164,7 @@ def tune(
         args.out,
         run_record(plan, files) | {"chosen": asdict(chosen), "options": [asdict(option) for option in options], "quality_from": source and source.name},
     )
-    print(f"chosen: {chosen.name}, x{chosen.speed_up:.2f}; every schedule is in {args.out}")
+    alone = options[0]
+    quality = "" if source is None else f" at FD-emoji {alone.quality:.2f}"
+    print(f"above: the front of {len(options)} schedules; {alone.name} takes {alone.seconds:.4f} s{quality}")
+    print(f"chosen: {chosen.name}, {chosen.speed_up:.2f} times as fast; every schedule is in {args.out}")

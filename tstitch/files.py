@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,8 +48,12 @@ def check_folder(path: Path) -> None:
         InputError: if it is a file, or its nearest existing parent is one or is not writable.
     """
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"cannot write to {path}: {existing} is {'not writable' if existing.is_dir() else 'a file'}; choose another folder")
+    if not existing.is_dir():
+        raise InputError(f"cannot write to {path}: {existing} is a file; choose another folder")
+    try:  # permissions alone do not say it: the superuser has them in /sys too
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError:
+        raise InputError(f"cannot write to {path}: {existing} is not writable; choose another folder") from None
 
 
 def write_json(path: str | Path, content: Any) -> None:  # noqa: ANN401  (whatever json takes)

@@ -75,6 +75,8 @@ def describe(variant: Variant, style: str, unicode_names: dict[str, str]) -> dic
 def main(argv: list[str] | None = None) -> None:
     """Write the captions, once it is certain that they belong to the drawings."""
     args = parse_args(argv)
+    if not args.data.exists():
+        raise InputError(f"no drawings at {args.data}; make them with python assets/emoji/build_dataset.py")
     with tempfile.TemporaryDirectory() as folder:
         tarballs = drawing_packages(args.tarballs, Path(folder))
         unicode_names = read_names(args.names or fetch(Path(folder), "unicode-emoji-json", NAMES_VERSION))
