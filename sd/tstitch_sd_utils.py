@@ -298,7 +298,8 @@ def _check_family(kind: type[DiffusionPipeline], large: Source, cache_dir: Sourc
 def read_part(cls: type, source: Source, *, variant: str | None = None, subfolder: str | None = None, **how: Any) -> Any:  # noqa: ANN401  (a `cls`)
     """`cls.from_pretrained` for hub names and folders; a model that lacks the variant is read without."""
     folder = local_folder(source)
-    if folder is not None and (folder / "model_index.json").exists() and not {"vae"} & (how.keys() | read_json(folder / "model_index.json").keys()):
+    index = None if folder is None else folder / "model_index.json"
+    if issubclass(cls, DiffusionPipeline) and "vae" not in how and index and index.exists() and "vae" not in read_json(index):
         raise InputError(f"{source} has no autoencoder, which the emoji pair's trainer leaves out; load it in Python with vae=FOLDER, see sd/README.md")
     if folder is not None and subfolder is not None and not (folder / subfolder).is_dir():
         subfolder = None  # a model alone

@@ -46,6 +46,7 @@ from sd.tstitch_sd_utils import (
     unstitch,
 )
 from tstitch.errors import InputError
+from tstitch.presets import ROOT
 from tstitch.schedule import Leg, StitchSchedule
 
 TRAINED = BETAS | {"steps_offset": 1}
@@ -833,3 +834,11 @@ def test_a_small_model_of_another_training_is_refused_where_its_folder_says_so(t
     DDIMScheduler(**TRAINED, prediction_type="v_prediction").save_pretrained(small / "scheduler")
     with pytest.raises(InputError, match="prediction_type is epsilon in the large one and v_prediction in the small one"):
         get_tstitch_pipepline(large, small, device="cpu")
+
+
+def test_a_pipeline_without_an_autoencoder_says_so_and_takes_one() -> None:
+    pair, vae = ROOT / "pretrained_models" / "emoji" / "sd", ROOT / "pretrained_models" / "emoji" / "vae"
+    with pytest.raises(InputError, match="has no autoencoder"):
+        get_tstitch_pipepline(pair, pair / "unet_small", device="cpu")
+    pipe = get_tstitch_pipepline(pair, pair, vae=vae, device="cpu")
+    assert stitched_unet(pipe).large is pipe.unet.large and len(pipe.unet.unets) == 2
