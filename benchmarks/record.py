@@ -49,12 +49,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """Short name of the commit, with "-dirty" where files differ from it; "unknown" outside of git."""
+    """Short name of the commit, with "-dirty" where files other than results differ from it; "unknown" outside of git."""
+    git = ["git", "-C", str(ROOT)]
     try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit}-dirty" if changed else commit
 
 
 def add_bench_args(parser: argparse.ArgumentParser, rounds: int) -> None:
