@@ -102,8 +102,8 @@ RUN apt-get update \\
     # between continued lines
     && useradd nobody-here
 USER 1000
-WORKDIR /work
-ENV PLACE=/work/place WORD=word
+WORKDIR /box
+ENV PLACE=/box/place WORD=word
 COPY --chown=1000 requirements.txt *.toml ./
 COPY assets/emoji drawings
 RUN test -f requirements.txt && test -f pyproject.toml && test -f drawings/build_dataset.py && test "$WORD" = word
@@ -115,8 +115,8 @@ CMD ["sh", "-c", "cat place/home; ls -d ../data"]
     assert done.returncode == 0, done.stderr
     root = tmp_path / "image"
     assert "skipped" in done.stdout
-    assert done.stdout.splitlines()[-3:] == [f"{root}/work", "../data", f"{tmp_path}/Recipe: every step succeeded"]
-    assert sorted(path.name for path in (root / "work").iterdir()) == ["drawings", "place", "pyproject.toml", "requirements.txt"]
+    assert done.stdout.splitlines()[-3:] == [f"{root}/box", "../data", f"{tmp_path}/Recipe: every step succeeded"]
+    assert sorted(path.name for path in (root / "box").iterdir()) == ["drawings", "place", "pyproject.toml", "requirements.txt"]
 
 
 def test_only_what_git_tracks_is_copied(tmp_path: Path) -> None:
