@@ -1,0 +1,117 @@
+"""EXPERIMENTS.md, and the tables of sweeps inside the READMEs: written from the rows and what was recorded of them, never by hand.
+
+In a README a table stands between `<!-- sweep: FILE -->` and `<!-- end -->`. In a row's sentence `{label}` is the recorded number of that label.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from tstitch.emoji_sweep import sweep_table
+from tstitch.errors import InputError
+from tstitch.files import atomic_path, read_json
+from tstitch.presets import ROOT
+from tstitch.results import markdown_table
+
+FOLDER = Path(__file__).resolve().parent
+ROWS, RESULTS = FOLDER / "experiments.yaml", FOLDER / "results.json"
+DOCUMENT = ROOT / "EXPERIMENTS.md"
+READMES = ("README.md", "sit/README.md", "ldm/README.md")
+
+
+def read_rows() -> dict[str, Any]:
+    """experiments.yaml: a preface, the data that rows need, groups, and the rows in their order."""
+    return OmegaConf.to_container(OmegaConf.load(ROWS))
+
+
+def number(value: float) -> str:
+    """Three significant digits, whole numbers whole."""
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}"
+
+
+def fill_sentence(text: str, values: dict[str, dict[str, float]]) -> str:
+    """Put recorded numbers into a sentence: {label}, and {label a / label b - 1} as a change in per cent.
+
+    Raises:
+        InputError: if there is no number of that label.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        label = match[1]
+        try:
+            if label.endswith(" - 1"):
+                above, below = label.removesuffix(" - 1").split(" / ")
+                return f"{100 * (values[above]['value'] / values[below]['value'] - 1):+.1f} %"
+            return number(values[label]["value"])
+        except (KeyError, ValueError):
+            raise InputError(f"the sentence '{text}' asks for '{label}', which is not recorded; choose from {', '.join(values)}") from None
+
+    return re.sub(r"\{([^{}]+)\}", replace, text)
+
+
+def values_table(values: dict[str, dict[str, float]]) -> str:
+    """Numbers of a row: schedules with FD-emoji and speed-up side by side, then all others."""
+    schedules = {label.removesuffix(" FD-emoji"): each["value"] for label, each in values.items() if f"{label.removesuffix(' FD-emoji')} speed-up" in values}
+    schedules = {name: value for name, value in schedules.items() if f"{name} FD-emoji" in values}
+    others = [label for label in values if not any(label in (f"{name} FD-emoji", f"{name} speed-up") for name in schedules)]
+    parts = []
+    if schedules:
+        cells = [[name, f"{values[f'{name} speed-up']['value']:.2f}", f"{value:.2f}"] for name, value in schedules.items()]
+        parts.append(markdown_table(["schedule", "speed-up", "FD-emoji"], cells))
+    if others:
+        parts.append(markdown_table(["number", "recorded"], [[label, number(values[label]["value"])] for label in others]))
+    return "\n\n".join(parts)
+
+
+def _commands(commands: list[str]) -> str:
+    return "```bash\n" + "\n".join(commands) + "\n```"
+
+
+def outcome(row: dict[str, Any], recorded: dict[str, Any] | None) -> str:
+    """One sentence: what came out, or why there is nothing."""
+    if "emoji" not in row:
+        return f"Not run: {row['why_not']}"
+    return fill_sentence(row["found"], recorded["values"]) if recorded else "Not recorded yet."
+
+
+def section(row: dict[str, Any], recorded: dict[str, Any] | None) -> str:
+    """One experiment: what it shows, its commands, its numbers."""
+    published = _commands(row["published"]) if isinstance(row.get("published"), list) else row.get("published", "There is none.")
+    parts = [f"### {row['title']}", f'<a id="{row["id"]}"></a>{row["shows"]} Source: {row["source"]}.']
+    parts += [f"Published: {row['number']}. With published weights:", published]
+    parts += ["With the emoji models:", _commands(row["emoji"])] if "emoji" in row else []
+    parts.append(outcome(row, recorded))
+    if recorded is None:
+        return "\n\n".join(parts)
+    where = f"{recorded['date']}, commit {recorded['commit']}, {recorded['machine']}, {recorded['seconds'] / 60:.1f} min"
+    return "\n\n".join([*parts, values_table(recorded["values"]), where + "."])
+
+
+def render(document: dict[str, Any], results: dict[str, Any]) -> str:
+    """EXPERIMENTS.md as a text."""
+    parts = ["# Experiments", document["preface"].strip()]
+    for group in document["groups"]:
+        members = [row for row in document["rows"] if row["group"] == group["id"]]
+        lines = [f"| [{row['title']}](#{row['id']}) | {row['shows']} | {outcome(row, results.get(row['id']))} |" for row in members]
+        parts += [f"## {group['title']}", "\n".join(["| experiment | what it shows | on the emoji models |", "|---|---|---|", *lines])]
+        parts += [section(row, results.get(row["id"])) for row in members]
+    return "\n\n".join(parts) + "\n"
+
+
+def fill_tables(text: str) -> str:
+    """A README with its tables of sweeps written anew."""
+    place = r"(<!-- sweep: (\S+) -->\n).*?(<!-- end -->)"
+    return re.sub(place, lambda match: f"{match[1]}{sweep_table(read_json(ROOT / match[2])['rows'])}\n{match[3]}", text, flags=re.DOTALL)
+
+
+def write_documents(document: dict[str, Any]) -> None:
+    """Write EXPERIMENTS.md and the READMEs' tables from what is recorded."""
+    results = read_json(RESULTS) if RESULTS.exists() else {}
+    texts = {DOCUMENT: render(document, results)} | {ROOT / name: fill_tables((ROOT / name).read_text()) for name in READMES}
+    for path, text in texts.items():
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)

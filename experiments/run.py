@@ -1,0 +1,155 @@
+"""Run every experiment on the bundled emoji models again, record what came out, and write EXPERIMENTS.md anew.
+
+    python experiments/run.py                         # all rows of experiments/experiments.yaml: make experiments
+    python experiments/run.py --only dit-order ldm-front
+    python experiments/run.py --render                # the documents alone, from what is recorded
+
+A row is a few commands and the numbers to read from what they write. Each number is recorded with the band around its first value; a number that leaves its
+band is printed, and the exit code is then 1. A run that was killed goes on with the row that it was at. What a row writes lies in runs/experiments/ROW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.record import git_commit, processor_name
+from experiments.report import RESULTS, ROWS, read_rows, write_documents
+from experiments.values import Value, read_values
+from tstitch.cli import new_parser, run
+from tstitch.errors import InputError
+from tstitch.files import check_folder, read_json, write_json
+from tstitch.presets import ROOT
+from tstitch.results import markdown_table
+
+WORK = ROOT / "runs" / "experiments"
+STATE = WORK / "state.json"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = new_parser(__doc__)
+    group = parser.add_argument_group("what is run")
+    group.add_argument("--only", nargs="+", metavar="ROW", help="these rows alone")
+    group.add_argument("--render", action="store_true", help="run nothing; write the documents from what is recorded")
+    group.add_argument("--new-bands", action="store_true", help="lay the bands of the rows that are run around their new values")
+    return parser.parse_args(argv)
+
+
+def execute(row: dict[str, Any], log: Path) -> int:
+    """Run a row's commands, their output into `log`; the status of the first that fails, or 0."""
+    with log.open("ab") as file:
+        for command in row["emoji"]:
+            file.write(f"\n$ {command}\n".encode())
+            file.flush()
+            # The environment's own python, torchrun and pytest, as after `source .venv/bin/activate`.
+            script = f'PATH="{Path(sys.executable).parent}:$PATH"\n{command}'
+            status = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+            if status:
+                return status
+    return 0
+
+
+def bands(values: list[Value], recorded: dict[str, dict[str, float]], *, anew: bool) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
+    """What is recorded of a row, label -> value, low, high; and the lines of those values that left the band that they had."""
+    kept, outside = {}, []
+    for value in values:
+        band = recorded.get(value.label)
+        if band is None or anew:
+            low, high = sorted((value.number * (1 - value.band), value.number * (1 + value.band)))
+        else:
+            low, high = band["low"], band["high"]
+        if not low <= value.number <= high:
+            outside.append([value.label, f"{value.number:.4g}", f"{low:.4g} to {high:.4g}"])
+        kept[value.label] = {"value": value.number, "low": low, "high": high}
+    gone = [[label, "not there", f"{band['low']:.4g} to {band['high']:.4g}"] for label, band in recorded.items() if label not in kept and not anew]
+    return kept, outside + gone
+
+
+def begin(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of the run that was killed, if it was to run the same rows at the same commit; else a new one."""
+    asked, commit = [row["id"] for row in rows], git_commit()
+    found = read_json(STATE) if STATE.exists() else {}
+    # The rows' own results are not the commit's: only its name is compared.
+    if found.get("asked") == asked and found["commit"].removesuffix("-dirty") == commit.removesuffix("-dirty") and set(found["done"]) != set(asked):
+        print(f"going on with {len(asked) - len(found['done'])} of {len(asked)} rows", file=sys.stderr)
+        return found
+    return {"asked": asked, "commit": commit, "done": [], "started": []}
+
+
+def prepare(document: dict[str, Any]) -> None:
+    """Make the data that some rows need, where it is not there.
+
+    Raises:
+        InputError: if that fails.
+    """
+    if not (ROOT / document["data"]["file"]).exists():
+        log = WORK / "data.txt"
+        if execute({"emoji": document["data"]["commands"]}, log):
+            raise InputError(f"the emoji data could not be made; {log} says why")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run, read, record, report."""
+    args = parse_args(argv)
+    document = read_rows()
+    rows = [row for row in document["rows"] if "emoji" in row]
+    if args.only:
+        unknown = set(args.only) - {row["id"] for row in rows}
+        if unknown:
+            raise InputError(f"no rows {', '.join(sorted(unknown))} with commands in {ROWS.name}; choose from {', '.join(row['id'] for row in rows)}")
+        rows = [row for row in rows if row["id"] in args.only]
+    if args.render:
+        write_documents(document)
+        return
+    check_folder(WORK)
+    prepare(document)
+    state = begin(rows)
+    machine = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    trouble: list[list[str]] = []
+    with tqdm(rows, unit="row") as bar:
+        for row in bar:
+            bar.set_description(row["id"])
+            if row["id"] in state["done"]:
+                continue
+            folder = WORK / row["id"]
+            if row["id"] not in state["started"]:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                state["started"].append(row["id"])
+                write_json(STATE, state)
+            start = time.perf_counter()
+            status = execute(row, folder / "log.txt")
+            seconds = time.perf_counter() - start
+            recorded = read_json(RESULTS) if RESULTS.exists() else {}
+            try:
+                if status:
+                    raise InputError(f"a command ended with {status}; runs/experiments/{row['id']}/log.txt says why")
+                kept, outside = bands(read_values(row, folder), recorded.get(row["id"], {}).get("values", {}), anew=args.new_bands)
+            except InputError as error:
+                trouble.append([row["id"], "", str(error), ""])
+                continue
+            trouble += [[row["id"], *line] for line in outside]
+            recorded[row["id"]] = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "commit": state["commit"], "seconds": round(seconds), "values": kept}
+            write_json(RESULTS, recorded)
+            write_documents(document)
+            state["done"].append(row["id"])
+            write_json(STATE, state)
+    if trouble:
+        print(markdown_table(["row", "number", "now", "recorded band"], trouble))
+        sys.exit(1)
+    print(f"{len(rows)} rows, every number inside its band")
+
+
+if __name__ == "__main__":
+    run(main)
