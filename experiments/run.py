@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         write_documents(document)
         return
     check_folder(WORK)
+    WORK.mkdir(parents=True, exist_ok=True)
     prepare(document)
     state = begin(rows)
     machine = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
