@@ -33,6 +33,7 @@ COPY --chown=1000 pretrained_models/readme.txt pretrained_models/readme.txt
 COPY --chown=1000 pretrained_models/emoji pretrained_models/emoji
 COPY --chown=1000 assets assets
 COPY --chown=1000 benchmarks benchmarks
+COPY --chown=1000 experiments experiments
 COPY --chown=1000 tests tests
 COPY --chown=1000 tstitch tstitch
 COPY --chown=1000 dit dit

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo web test test-slow test-gpu test-web lint format bench bench-check docs clean
+.PHONY: help demo web test test-slow test-gpu test-web lint format bench bench-check experiments docs clean
 
 help:            ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,9 +35,10 @@ test-web: .venv/.installed   ## the tests of the web page in a Chromium, which a
 		|| { echo "error: install Chromium and chromedriver first"; exit 1; }
 	$(BIN)/python -m pytest -q -m web tests/test_web.py
 
-lint: .venv/.installed   ## ruff, style and format
+lint: .venv/.installed   ## ruff and mypy: style, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/.installed   ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -49,9 +50,12 @@ bench: .venv/.installed   ## the benchmarks in their quick form -> benchmarks/re
 bench-check: .venv/.installed   ## the same, compared with the recorded ratios: names what fell by more than 10 %
 	$(BIN)/python benchmarks/bench.py --check
 
+experiments: .venv/.installed   ## every experiment on the emoji models again -> EXPERIMENTS.md: an hour and a half on two cores
+	$(BIN)/python experiments/run.py
+
 docs: .venv/.installed   ## API pages -> docs/api
 	$(BIN)/python -m pip install --disable-pip-version-check -q "$$(grep -o 'pdoc==[0-9.]*' requirements.txt)"
 	$(BIN)/python -W ignore -m pdoc --docformat google --output-directory docs/api tstitch dit sit ldm sd
 
 clean:           ## remove caches and .venv
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

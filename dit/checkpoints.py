@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,23 @@ EMOJI_SIZES: dict[str, dict[str, Any]] = {
     "emoji-base": {"patch_size": 2, "hidden_size": 160, "depth": 5, "num_heads": 4},
     "emoji-large": {"patch_size": 2, "hidden_size": 224, "depth": 6, "num_heads": 4},
 }
-DIT_CONFIGS = [*DiT_models, *EMOJI_SIZES]
+DIT_CONFIGS: dict[str, Callable[..., DiT]] = DiT_models | {name: partial(DiT, **size) for name, size in EMOJI_SIZES.items()}
 
 
-def build_dit(name: str, **arguments: Any) -> DiT:  # noqa: ANN401  (the arguments of DiT)
+def build_named(models: Mapping[str, Callable[..., DiT]], name: str, **arguments: Any) -> Any:  # noqa: ANN401  (one of `models`, its arguments)
     """Make an untrained model of a named size.
 
     Raises:
         InputError: if the name is unknown or the arguments do not fit together.
     """
-    if name in DiT_models:
-        return DiT_models[name](**arguments)
-    if name in EMOJI_SIZES:
-        return DiT(**EMOJI_SIZES[name], **arguments)
-    raise InputError(f"unknown model '{name}'; choose from {', '.join(DIT_CONFIGS)}")
+    if name not in models:
+        raise InputError(f"unknown model '{name}'; choose from {', '.join(models)}")
+    return models[name](**arguments)
+
+
+def build_dit(name: str, **arguments: Any) -> DiT:  # noqa: ANN401  (the arguments of DiT)
+    """`build_named` of DIT_CONFIGS."""
+    return build_named(DIT_CONFIGS, name, **arguments)
 
 
 def load_dit(path: str | Path, name: str | None = None, **told: Any) -> DiT:  # noqa: ANN401  (what as_published may be told)
@@ -73,5 +77,5 @@ def load_denoisers(plan: SamplingPlan, files: Sequence[DenoiserFile], posenc: st
     for file in files:
         model = load_dit(file.path, file.model, input_size=plan.latent_size, num_classes=plan.num_classes, posenc=posenc)
         plan.check_fit(model, file.path)
-        denoisers.append(prepare_for_inference(model.to(plan.device, plan.dtype), plan.solver.timesteps, plan.compile))
+        denoisers.append(prepare_for_inference(model.to(plan.device, plan.dtype), plan.solver.timesteps, plan.compiles))
     return denoisers

@@ -26,28 +26,60 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tstitch.autoencoder import Autoencoder
-from tstitch.cli import DTYPES, new_parser, parse_device, positive_int, run
+from tstitch.cli import DATA, DTYPES, MACHINE, OUTPUT, add_dry_run_arg, help_group, new_parser, parse_device, positive_int, run
 from tstitch.data import WRITERS, FeatureWriter, describe, open_features
+from tstitch.dry_run import MEASURED_ON_CPU, Files, Work, count_flops, module_bytes, show_memory, show_plan
 from tstitch.errors import InputError
 from tstitch.files import check_folder
 from tstitch.pictures import DamagedPictureError, ImageFolder
+from tstitch.tune import measure_seconds
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--data-path", type=Path, required=True, help="folder with a folder of pictures for each class")
-    parser.add_argument("--features-path", type=Path, default=Path("features"), help="folder to write, on a disk that all processes share")
-    parser.add_argument("--image-size", type=positive_int, default=256, metavar="PIXELS", help="pictures are scaled and cropped to this square")
-    parser.add_argument("--vae", default="ema", help="mse or ema (Stable Diffusion), a folder in diffusers format, a hub name, or none: pixels")
-    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="keep the mirrored pictures too; not for letters or flags")
-    parser.add_argument("--layout", choices=WRITERS, default="store", help="store: memory-mapped, a new draw each epoch; files: fast-DiT's, a frozen draw")
-    parser.add_argument("--skip-bad", action="store_true", help="succeed although some pictures could not be decoded")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="pictures in one call of the autoencoder, on each process")
-    parser.add_argument("--num-workers", type=positive_int, default=8, help="threads that decode pictures, on each process")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="number type of the autoencoder's weights")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (each process takes its own), mps")
+    data = help_group(parser, DATA)
+    data.add_argument("--data-path", type=Path, required=True, metavar="FOLDER", help="folder with a folder of pictures for each class")
+    data.add_argument("--image-size", type=positive_int, default=256, metavar="PIXELS", help="pictures are scaled and cropped to this square")
+    data.add_argument("--vae", default="ema", help="mse or ema (Stable Diffusion), a folder in diffusers format, a hub name, or none: pixels")
+    data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="keep the mirrored pictures too; not for letters or flags")
+    data.add_argument("--skip-bad", action="store_true", help="succeed although some pictures could not be decoded")
+    output = help_group(parser, OUTPUT)
+    output.add_argument("--features-path", type=Path, default=Path("features"), metavar="FOLDER", help="folder to write, on a disk that all processes share")
+    output.add_argument("--layout", choices=WRITERS, default="store", help="store: memory-mapped, a new draw each epoch; files: fast-DiT's, a frozen draw")
+    machine = help_group(parser, MACHINE)
+    machine.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="pictures in one call of the autoencoder, on each process")
+    machine.add_argument("--num-workers", type=positive_int, default=8, metavar="N", help="threads that decode pictures, on each process")
+    machine.add_argument("--dtype", choices=DTYPES, default="fp32", help="number type of the autoencoder's weights")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda (each process takes its own), mps")
+    add_dry_run_arg(parser)
     return parser.parse_args(argv)
+
+
+def plan_extraction(args: argparse.Namespace, pictures: ImageFolder, autoencoder: Autoencoder, writer: FeatureWriter, processes: int) -> None:
+    """Answer --dry-run: what encoding what is left will cost; pictures are read in threads beside it."""
+    left = len(pictures) if writer.check() is None else 0 if writer.finished.exists() else sum(map(len, writer.todo(args.batch_size)))
+    views = len(writer.views(torch.zeros(1, dtype=torch.long), torch.zeros(1, 3, 8, 8)))
+    n = min(args.batch_size, len(pictures), MEASURED_ON_CPU if autoencoder.device.type == "cpu" else args.batch_size)
+    latents = "x".join(map(str, writer.index["latent_shape"]))
+    noise = torch.randint(256, (n, 3, args.image_size, args.image_size), dtype=torch.uint8)
+    flops = count_flops(lambda: autoencoder.encode(noise, args.batch_size)) / n
+    (seconds,) = measure_seconds([lambda: autoencoder.encode(noise, args.batch_size)], autoencoder.device, 2)
+    show_plan(
+        [
+            (
+                "pictures",
+                f"{len(pictures)} in {pictures.num_classes} classes, {args.data_path}" + ("" if left == len(pictures) else f"; {left} of them are left"),
+            ),
+            ("encoding", f"{autoencoder.source}, {args.dtype} on {autoencoder.device}: {args.image_size}x{args.image_size} pixels -> {latents}"),
+            ("layout", f"{args.layout}, {views} view{'s' if views > 1 else ''} of each picture"),
+        ],
+        [Work("encoding", left * views, flops, seconds / n)],
+        how=f"an estimate from {n} pictures at once, where reading them is not slower",
+        memory=show_memory(autoencoder.device, module_bytes(autoencoder.vae)),
+        files=[Files(f"{len(pictures)} features", writer.nbytes, args.features_path)],
+        ranks=processes,
+    )
 
 
 def decode_ahead(pictures: ImageFolder, batches: list[Tensor], threads: int) -> Iterator[tuple[Tensor, list[Tensor | None]]]:
@@ -112,6 +144,11 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder = Autoencoder(args.vae, device, DTYPES[args.dtype])
     index = describe(pictures, autoencoder, mirrors=2 if args.flip else 1) | {"vae_dtype": args.dtype}
     writer = WRITERS[args.layout](args.features_path, index, pictures.labels)
+    if args.dry_run:
+        if processes.is_main_process:
+            plan_extraction(args, pictures, autoencoder, writer, processes.num_processes)
+        processes.destroy_process_group()
+        return
     if processes.is_main_process:
         writer.begin()
     processes.wait_for_everyone()

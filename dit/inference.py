@@ -169,7 +169,7 @@ class InferenceDiT(nn.Module):
         super().__init__()
         self.config, self.latent_shape, self.num_classes = model.config, model.latent_shape, model.num_classes
         self.in_channels, self.out_channels, self.returned_channels = model.in_channels, model.out_channels, model.returned_channels
-        self.patch_size = model.patch_size
+        self.patch_size, self.parameter_count = model.patch_size, sum(parameter.numel() for parameter in model.parameters())
         linear = linear_kind(model.final_layer.linear, compile)
         self.x_embedder, self.pos_embed = model.x_embedder, model.pos_embed
         self.dtype = model.x_embedder.proj.weight.dtype

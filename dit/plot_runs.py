@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tstitch.cli import new_parser, run
+from tstitch.cli import OUTPUT, help_group, new_parser, run
 from tstitch.errors import InputError
 from tstitch.files import check_folder
 from tstitch.plots import plot_curves
@@ -26,8 +26,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders of a trainer")
-    parser.add_argument("--quantities", nargs="+", default=["loss", "fd_emoji"], metavar="NAME", help="columns of the logs, one panel each")
-    parser.add_argument("--out", type=Path, default=Path("figures/runs.png"), help="picture to write")
+    output = help_group(parser, OUTPUT)
+    output.add_argument("--quantities", nargs="+", default=["loss", "fd_emoji"], metavar="NAME", help="columns of the logs, one panel each")
+    output.add_argument("--out", type=Path, default=Path("figures/runs.png"), help="picture to write")
     return parser.parse_args(argv)
 
 

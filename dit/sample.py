@@ -13,7 +13,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import DIT_CONFIGS, load_denoisers
-from tstitch.cli import add_model_args, add_posenc_arg, add_sampling_args, choose_file, new_parser, run, sampling_plan
+from tstitch.cli import (
+    OUTPUT,
+    add_dry_run_arg,
+    add_model_args,
+    add_posenc_arg,
+    add_sampling_args,
+    choose_file,
+    help_group,
+    new_parser,
+    run,
+    sampling_plan,
+)
 from tstitch.files import check_folder
 from tstitch.sheet import sample_sheet
 
@@ -23,8 +34,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_model_args(parser, DIT_CONFIGS)
     add_posenc_arg(parser)
-    parser.add_argument("--save_dir", type=Path, default=Path("samples"), help="folder to write")
+    help_group(parser, OUTPUT).add_argument("--save_dir", type=Path, default=Path("samples"), help="folder to write")
     add_sampling_args(parser)
+    add_dry_run_arg(parser)
     return parser.parse_args(argv)
 
 

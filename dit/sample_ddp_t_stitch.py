@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
-from tstitch.cli import add_switch_arg, add_weights_args, new_parser, run, sampling_plan, stitched_files
+from tstitch.cli import STITCHING, add_switch_arg, add_weights_args, help_group, new_parser, run, sampling_plan, stitched_files
 from tstitch.generate import add_generation_args, file_names, generate, join_ranks
 from tstitch.schedule import StitchSchedule, three_way_allocations
 
@@ -36,7 +36,7 @@ def three_shares(text: str) -> tuple[float, ...]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    stitch = parser.add_argument_group("stitching").add_mutually_exclusive_group()
+    stitch = help_group(parser, STITCHING).add_mutually_exclusive_group()
     stitch.add_argument("--ratios", type=float, nargs="+", metavar="R", default=[k / 10 for k in range(11)], help="the small model's shares of the steps, 0..1")
     stitch.add_argument("--three_combo", action="store_true", help="all 66 shares of small, base and large in tenths")
     stitch.add_argument("--fractions", type=three_shares, nargs="+", metavar="S,B,L", help="some shares of small, base and large, such as 0.4,0.2,0.4")

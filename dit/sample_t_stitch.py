@@ -18,7 +18,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
-from tstitch.cli import add_ratio_args, add_sampling_args, add_switch_arg, add_weights_args, choose_ratios, new_parser, run, sampling_plan, stitched_files
+from tstitch.cli import (
+    OUTPUT,
+    add_dry_run_arg,
+    add_ratio_args,
+    add_sampling_args,
+    add_switch_arg,
+    add_weights_args,
+    choose_ratios,
+    help_group,
+    new_parser,
+    run,
+    sampling_plan,
+    stitched_files,
+)
 from tstitch.files import check_folder
 from tstitch.tradeoff import compare_and_save
 
@@ -29,8 +42,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_ratio_args(parser)
     add_switch_arg(parser)
     add_weights_args(parser)
-    parser.add_argument("--save_dir", type=Path, help="folder to write (default: figures/seed_SEED)")
+    help_group(parser, OUTPUT).add_argument("--save_dir", type=Path, help="folder to write (default: figures/seed_SEED)")
     add_sampling_args(parser)
+    add_dry_run_arg(parser)
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
 from tstitch.analysis import walk_similarity
-from tstitch.cli import add_sampling_args, new_parser, run, sampling_plan
+from tstitch.cli import OUTPUT, add_sampling_args, help_group, new_parser, run, sampling_plan
 from tstitch.errors import InputError
 from tstitch.files import check_folder, write_json
 from tstitch.plots import plot_bands
@@ -27,7 +27,7 @@ from tstitch.results import markdown_table, run_record
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--save_dir", type=Path, default=Path("figures/similarity"), help="folder to write")
+    help_group(parser, OUTPUT).add_argument("--save_dir", type=Path, default=Path("figures/similarity"), help="folder to write")
     add_sampling_args(parser)
     parser.set_defaults(preset="emoji", num_images=32)
     return parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Measure FD-emoji of stitched schedules: ratios of small and large, three-model mixes, and any others.
 
-    python dit/sweep_emoji.py --num-images 2000 --dtype bf16 --out pretrained_models/emoji/dit_results.json
-    torchrun --nproc-per-node 2 dit/sweep_emoji.py --num-images 2000 --dtype bf16
+    python dit/sweep_emoji.py --num-images 1000 --dtype bf16 --out pretrained_models/emoji/dit_results.json
+    torchrun --nproc-per-node 2 dit/sweep_emoji.py --num-images 1000 --dtype bf16
     python dit/sweep_emoji.py --ratios 0 0.4 --no-mixes --schedules '{"fractions": [0.6, 0.4], "order": [2, 0]}' --work-dir runs/large-first
 
 Every schedule sees the same noise and the same labels (image i has seed + i and label i modulo 9). All schedules are walked as one tree, a chunk of
@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import load_denoisers
-from tstitch.cli import YesNo, add_sampling_args, add_weights_args, new_parser, run, sampling_plan, stitched_files
+from tstitch.cli import STITCHING, YesNo, add_sampling_args, add_weights_args, help_group, new_parser, run, sampling_plan, stitched_files
 from tstitch.emoji_sweep import add_ratios_arg, add_sweep_args, choose_ratios, show, sweep
 from tstitch.generate import join_ranks
 from tstitch.schedule import StitchSchedule, two_way_ratios
@@ -39,12 +39,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     add_ratios_arg(parser)
-    parser.add_argument("--mixes", action=YesNo, default=True, help="the six mixes of fifths in which small, base and large take part")
-    parser.add_argument("--schedules", nargs="+", metavar="JSON", default=[], help="others, as results have them; 0 is small, 1 base, 2 large")
+    stitch = help_group(parser, STITCHING)
+    stitch.add_argument("--mixes", action=YesNo, default=True, help="the six mixes of fifths in which small, base and large take part")
+    stitch.add_argument("--schedules", nargs="+", metavar="JSON", default=[], help="others, as results have them; 0 is small, 1 base, 2 large")
     add_sweep_args(parser, "dit-emoji-sweep")
     add_weights_args(parser)
     add_sampling_args(parser)
-    parser.set_defaults(preset="emoji", num_images=2000, class_labels=list(range(9)))
+    parser.set_defaults(preset="emoji", num_images=1000, class_labels=list(range(9)))
     return parser.parse_args(argv)
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dit.checkpoints import DIT_CONFIGS, build_dit
 from dit.models import POSITION_ENCODINGS
 from tstitch.checkpoints import save_weights
-from tstitch.cli import new_parser, run
+from tstitch.cli import MODEL, OPTIMIZATION, help_group, new_parser, run
 from tstitch.diffusion import create_diffusion
 from tstitch.errors import InputError
 from tstitch.monitor import add_monitor_args, create_monitor
@@ -32,13 +32,13 @@ from tstitch.training_cli import add_training_args, training_plan
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    model = parser.add_argument_group("model")
+    model = help_group(parser, MODEL)
     model.add_argument("--model", choices=DIT_CONFIGS, default="DiT-XL/2", help="model size")
     model.add_argument("--posenc", choices=POSITION_ENCODINGS, default="abs", help="position encoding: added, rotary, or GTA's")
     model.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, help="RMSNorm on q and k (default: as published, for rope and gta; GTA's abs too)")
     model.add_argument("--num-classes", type=int, help="classes of the label table, at least those of the data (default: the data's)")
     model.add_argument("--label-dropout", type=float, default=0.1, help="share of labels replaced by the null label, 0..1")
-    loss = parser.add_argument_group("loss")
+    loss = help_group(parser, OPTIMIZATION)
     loss.add_argument("--snr-gamma", type=float, help="weigh the loss by min(SNR, gamma) / SNR (Hang et al. 2023, arXiv:2303.09556); off if not given")
     loss.add_argument(
         "--stitch-range", type=float, nargs=2, default=[0.0, 1.0], metavar=("A", "B"),
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
     config = {"model_config": model.config, "snr_gamma": args.snr_gamma, "stitch_range": args.stitch_range}
     average = plan.fit(model, losses, config=config, evaluate=create_monitor(args, plan, model), eval_every=args.eval_every)
-    if plan.accelerator.is_main_process:
+    if plan.accelerator.is_main_process and not args.dry_run:
         print(f"{args.model} after {plan.max_steps} steps of {args.global_batch_size}: {args.results_dir}")
         if args.export:
             save_weights(args.export, average, model.config)

@@ -29,7 +29,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_budget_args(parser, "dit")
     add_weights_args(parser)
     add_sampling_args(parser)
-    parser.set_defaults(num_images=1)
     return parser.parse_args(argv)
 
 
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = sampling_plan(args)
     three = bool(args.b_ckpt) or len(plan.preset.denoisers) == 3
     files = stitched_files(args, plan, three=three)
-    tune(args, plan, load_denoisers(plan, files), files, [*RATIOS, *THREE_MODEL_MIXES] if three else two_way_ratios())
+    tune(args, plan, files, [*RATIOS, *THREE_MODEL_MIXES] if three else two_way_ratios(), load_denoisers)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dit.checkpoints import DIT_CONFIGS, load_denoisers
 from tstitch.analysis import radial_counts, walk_spectra
-from tstitch.cli import add_model_args, add_posenc_arg, add_sampling_args, choose_file, new_parser, run, sampling_plan
+from tstitch.cli import OUTPUT, add_model_args, add_posenc_arg, add_sampling_args, choose_file, help_group, new_parser, run, sampling_plan
 from tstitch.files import check_folder, write_json
 from tstitch.plots import plot_spectra
 from tstitch.results import markdown_table, run_record
@@ -34,8 +34,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_model_args(parser, DIT_CONFIGS)
     add_posenc_arg(parser)
-    parser.add_argument("--of", choices=OF, default="x_0", help="draw the predicted clean latents or the noisy state")
-    parser.add_argument("--save_dir", type=Path, default=Path("figures/frequency"), help="folder to write")
+    output = help_group(parser, OUTPUT)
+    output.add_argument("--of", choices=OF, default="x_0", help="draw the predicted clean latents or the noisy state")
+    output.add_argument("--save_dir", type=Path, default=Path("figures/frequency"), help="folder to write")
     add_sampling_args(parser)
     parser.set_defaults(preset="emoji", num_images=32)
     return parser.parse_args(argv)

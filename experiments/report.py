@@ -1,6 +1,7 @@
-"""EXPERIMENTS.md, and the tables of sweeps inside the READMEs: written from the rows and what was recorded of them, never by hand.
+"""EXPERIMENTS.md, and tables inside the READMEs: written from the rows and what was recorded of them, never by hand.
 
-In a README a table stands between `<!-- sweep: FILE -->` and `<!-- end -->`. In a row's sentence `{label}` is the recorded number of that label.
+In a README a sweep's table stands between `<!-- sweep: FILE -->` and `<!-- end -->`, what came out of some rows between `<!-- outcomes: ROW ROW -->` and
+`<!-- end -->`. In a row's sentence `{label}` is the recorded number of that label, `{a / b - 1}` the change from b to a.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tstitch.results import markdown_table
 FOLDER = Path(__file__).resolve().parent
 ROWS, RESULTS = FOLDER / "experiments.yaml", FOLDER / "results.json"
 DOCUMENT = ROOT / "EXPERIMENTS.md"
-READMES = ("README.md", "sit/README.md", "ldm/README.md")
+READMES = ("README.md", "sit/README.md", "ldm/README.md", "sd/README.md")
 
 
 def read_rows() -> dict[str, Any]:
@@ -102,16 +103,28 @@ def render(document: dict[str, Any], results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def fill_tables(text: str) -> str:
-    """A README with its tables of sweeps written anew."""
-    place = r"(<!-- sweep: (\S+) -->\n).*?(<!-- end -->)"
-    return re.sub(place, lambda match: f"{match[1]}{sweep_table(read_json(ROOT / match[2])['rows'])}\n{match[3]}", text, flags=re.DOTALL)
+def fill_places(text: str, document: dict[str, Any], results: dict[str, Any]) -> str:
+    """A README with its tables written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        kind, words = match[2], match[3]
+        if kind == "sweep":
+            made = sweep_table(read_json(ROOT / words)["rows"])
+        else:
+            rows = {row["id"]: row for row in document["rows"]}
+            lines = [
+                f"| {rows[name]['title']} | {outcome(rows[name], results.get(name))} | `python experiments/run.py --only {name}` |" for name in words.split()
+            ]
+            made = "\n".join(["| experiment | on the emoji models | again with |", "|---|---|---|", *lines])
+        return f"{match[1]}{made}\n{match[4]}"
+
+    return re.sub(r"(<!-- (sweep|outcomes): ([^>]+) -->\n).*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
 def write_documents(document: dict[str, Any]) -> None:
     """Write EXPERIMENTS.md and the READMEs' tables from what is recorded."""
     results = read_json(RESULTS) if RESULTS.exists() else {}
-    texts = {DOCUMENT: render(document, results)} | {ROOT / name: fill_tables((ROOT / name).read_text()) for name in READMES}
+    texts = {DOCUMENT: render(document, results)} | {ROOT / name: fill_places((ROOT / name).read_text(), document, results) for name in READMES}
     for path, text in texts.items():
         with atomic_path(path) as temporary:
             temporary.write_text(text)

@@ -16,7 +16,7 @@ from ldm.config import LDMConfig, read_model, read_yaml
 from ldm.denoiser import LatentDenoiser
 from ldm.networks import build_ldm_first_stage
 from ldm.sampling import RandomUncondWalker, ldm_diffusion, published_schedule
-from tstitch.cli import SamplingPlan, sampling_plan
+from tstitch.cli import MODELS, SAMPLING, STITCHING, SamplingPlan, help_group, sampling_plan
 from tstitch.compiled import Compiled
 from tstitch.diffusion import GaussianDiffusion
 from tstitch.errors import InputError
@@ -33,19 +33,22 @@ Load = Callable[[SamplingPlan, Sequence[DenoiserFile]], list[LatentDenoiser]]
 
 def add_ldm_args(parser: argparse.ArgumentParser) -> None:
     """Add the words of the LDM scripts; `ldm_plan` and `hand_over` read them."""
-    group = parser.add_argument_group("latent diffusion")
-    group.add_argument("--ldm_s_path", type=Path, help="weights of the small model: a LatentDiffusion .ckpt, or what ldm/main.py --export wrote")
-    group.add_argument("--ldm_path", type=Path, help="weights of the large model (default of both: the preset's)")
+    group = help_group(parser, MODELS)
+    group.add_argument("--ldm_s_path", type=Path, metavar="FILE", help="weights of the small model: a LatentDiffusion .ckpt, or one that ldm/main.py exported")
+    group.add_argument("--ldm_path", type=Path, metavar="FILE", help="weights of the large model (default of both: the preset's)")
     group.add_argument("--ae_ckpt", metavar="PATH", help="weights of the configuration's first stage (default: what its ckpt_path says)")
     group.add_argument("--cfg", type=Path, metavar="YAML", help="configuration of the pair (default: the preset's; exported weights need none)")
     group.add_argument("--use", choices=["ema", "model"], help="moving average or raw weights (default: the average where there is one)")
+    group = help_group(parser, SAMPLING)
     group.add_argument("--solver", choices=SOLVERS, default="ddim", help="what walks LDM's grid of timesteps")
     group.add_argument("--ddim_eta", type=float, metavar="ETA", help="noise of ddim, 0..1 (default: 1, as published; 0 for the emoji models)")
     group.add_argument(
         "--uncond", choices=["null", "random"],
         help="what guidance starts from: the learned null label, or a context drawn for each picture, as published (default: null where it was learned)",
     )  # fmt: skip
-    group.add_argument("--switch-by", choices=RULES[:2], default="step", help="share of the steps, or of the training timesteps (the published LDM rule)")
+    help_group(parser, STITCHING).add_argument(
+        "--switch-by", choices=RULES[:2], default="step", help="share of the steps, or of the training timesteps (the published LDM rule)"
+    )
 
 
 def ldm_plan(args: argparse.Namespace, fid: bool = False, each: int = 1) -> tuple[SamplingPlan, list[DenoiserFile], Load]:
@@ -130,7 +133,7 @@ def _load(plan: SamplingPlan, files: Sequence[DenoiserFile], config: LDMConfig |
         (model,) = load_ldm_denoisers(file.path, None if config is None else [config.unets[k]], plan.num_classes, use)
         plan.check_fit(model, file.path)
         denoisers.append(model.to(plan.device, plan.dtype))
-        if plan.compile:
+        if plan.compiles:
             model.forward = Compiled(model.forward, plan.device, plan.dtype)
     return denoisers
 

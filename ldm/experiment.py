@@ -25,6 +25,7 @@ from ldm.first_stage_training import FirstStageTraining
 from ldm.training import CompVisModule, LatentDiffusion
 from tstitch.autoencoder import Autoencoder
 from tstitch.checkpoints import first_line
+from tstitch.dry_run import Files, module_bytes, plan_training, show_bytes, show_plan, training_memory
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder
 
@@ -74,6 +75,53 @@ class Experiment:
     def finished(self) -> bool:
         """Whether the last step is done already."""
         return 0 < self.trainer.max_steps == self.step
+
+    @property
+    def steps_left(self) -> int | None:
+        """Optimizer steps until the run ends; None where no end was named, or only a time."""
+        trainer, data = self.trainer, self.data
+        epoch = max(1, len(data.train) // (data.batch_size * trainer.world_size * trainer.accumulate_grad_batches))
+        ends = [trainer.max_steps] * (trainer.max_steps > 0) + [epoch * (trainer.max_epochs or 0)] * ((trainer.max_epochs or -1) > 0)
+        return max(0, min(ends) - self.step) if ends else None
+
+    def plan(self, export: Path | None) -> None:
+        """Answer --dry-run: measure a step, print what training will cost; nothing is written.
+
+        Raises:
+            InputError: as `fit`, for what can be seen before.
+        """
+        check_folder(self.folder)
+        trainer, model, device = self.trainer, self.model.train(), self.trainer.strategy.root_device
+        optimizer = model.to(device).configure_optimizers()["optimizer"]
+        if self.data.autoencoder is not None:
+            self.data.autoencoder.device = device
+            self.data.autoencoder.vae.to(device)
+
+        def take(size: int) -> None:
+            index = torch.arange(size) % len(self.data.train)
+            batch = (self.data.train.latents(index).to(device), self.data.train.labels[index].to(device), 0)
+            with trainer.precision_plugin.forward_context():
+                loss = model.losses(model.judge()[0][1], batch)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parts = trainer.world_size * trainer.accumulate_grad_batches
+        left = self.steps_left
+        times = None if left is None else left * parts
+        works, how = plan_training(take, self.data.batch_size, times=times, device=device, processes=trainer.world_size)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        size = module_bytes(model) + 8 * trained
+        kept = 1 + sum(getattr(callback, "save_top_k", 0) for callback in trainer.checkpoint_callbacks)
+        files = [Files(f"{kept} checkpoints of {show_bytes(size)} each, and the log", kept * size, self.folder)]
+        if export is not None:
+            files.append(Files("exported weights", 2 * sum(parameter.numel() for parameter in model.averaged.parameters()), export.parent))
+        if trainer.is_global_zero:
+            said = "no last step" if left is None else f"{left} steps are left"
+            show_plan(
+                [("training", f"{said}, {parts} parts of {self.data.batch_size} items each; the losses of a discriminator are not in the figures")],
+                works, how=how, memory=training_memory(device, size + 4 * trained), files=files, ranks=trainer.world_size,
+            )  # fmt: skip
 
     def fit(self, export: Path | None) -> None:
         """Train, then export.

@@ -26,7 +26,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tstitch.cli import new_parser, run, yes_or_no
+from tstitch.cli import LOGGING, MACHINE, add_dry_run_arg, help_group, new_parser, run, yes_or_no
 from tstitch.errors import InputError
 from tstitch.torchvision_compat import prepare_torchvision
 
@@ -37,7 +37,7 @@ from ldm.config import read_yaml
 from ldm.experiment import LOGGERS, build_experiment
 
 TRAINER_FLAGS = {
-    "accelerator": "auto, cpu, gpu, mps", "devices": "how many processes, or their devices: 2, 0,1, auto", "num_nodes": "machines",
+    "accelerator": "auto, cpu, gpu, mps", "devices": "how many processes, or their devices: 2, 0,1, auto", "num_nodes": "how many machines",
     "strategy": "how several devices share the work: ddp", "precision": "32-true, bf16-mixed, 16-mixed", "max_steps": "optimizer steps",
     "max_epochs": "passes over the data", "max_time": "end after DD:HH:MM:SS", "accumulate_grad_batches": "batches that one step adds up",
     "gradient_clip_val": "largest gradient norm", "val_check_interval": "batches, or share of an epoch, between validations",
@@ -64,22 +64,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     switch = {"nargs": "?", "type": yes_or_no, "const": True, "default": False, "metavar": "true|false"}
-    parser.add_argument("-b", "--base", nargs="*", action="extend", metavar="YAML", help="configurations, merged from left to right")
-    parser.add_argument("-t", "--train", **(switch | {"default": None}), help="train; without it only say what would be")
-    where = parser.add_mutually_exclusive_group()
+    config = help_group(parser, "what is trained")
+    config.add_argument("-b", "--base", nargs="*", action="extend", metavar="YAML", help="configurations, merged from left to right")
+    config.add_argument("-t", "--train", **(switch | {"default": None}), help="train; without it only say what would be")
+    config.add_argument("--init-from", type=Path, metavar="CKPT", help="start from the weights of this checkpoint, not at random")
+    config.add_argument("-s", "--seed", type=int, help="seed of initialisation, batches, timesteps and noise (default: 23, or the run's)")
+    config.add_argument("--scale_lr", type=yes_or_no, help="base_learning_rate counts for one item: times batch size, devices, accumulation (default: true)")
+    config.add_argument("--no-test", **switch, help="taken for LDM's sake: no test follows training here")
+    config.add_argument("-p", "--project", help=argparse.SUPPRESS)
+    log = help_group(parser, LOGGING)
+    where = log.add_mutually_exclusive_group()
     where.add_argument("-n", "--name", help="end of the run folder's name (default: that of the first configuration)")
     where.add_argument("-r", "--resume", type=Path, help="run folder, or a checkpoint in one, to go on with; its own configuration comes before --base")
     where.add_argument("--run-dir", type=Path, help="this run folder, without a date; a run that is there goes on, if it was begun with the same values")
-    parser.add_argument("-f", "--postfix", help="put behind the run folder's name")
-    parser.add_argument("-l", "--logdir", type=Path, default=Path("logs"), help="folder of run folders")
-    parser.add_argument("-s", "--seed", type=int, help="seed of initialisation, batches, timesteps and noise (default: 23, or the run's)")
-    parser.add_argument("--scale_lr", type=yes_or_no, help="base_learning_rate counts for one item: times batch size, devices, accumulation (default: true)")
-    parser.add_argument("-d", "--debug", **switch, help="open the debugger where training fails")
-    parser.add_argument("--no-test", **switch, help="taken for LDM's sake: no test follows training here")
-    parser.add_argument("-p", "--project", help=argparse.SUPPRESS)
-    parser.add_argument("--init-from", type=Path, metavar="CKPT", help="start from the weights of this checkpoint, not at random")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the moving average here at the end, fp16 safetensors")
-    parser.add_argument("--logger", nargs="+", choices=LOGGERS, help="Lightning's loggers, besides log.jsonl")
+    log.add_argument("-f", "--postfix", help="put behind the run folder's name")
+    log.add_argument("-l", "--logdir", type=Path, default=Path("logs"), help="folder of run folders")
+    log.add_argument("--export", type=Path, metavar="FILE", help="write the moving average here at the end, fp16 safetensors")
+    log.add_argument("--logger", nargs="+", choices=LOGGERS, help="Lightning's loggers, besides log.jsonl")
+    help_group(parser, MACHINE).add_argument("-d", "--debug", **switch, help="open the debugger where training fails")
+    add_dry_run_arg(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="what differs from the configurations, such as data.params.batch_size=8")
     trainer = parser.add_argument_group("Lightning's Trainer", "Its arguments, these and all others, go over lightning.trainer of the configuration.")
     for name in inspect.signature(pl.Trainer).parameters:
@@ -165,8 +168,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     if experiment.trainer.is_global_zero:
         print(experiment.describe(), flush=True)
-        if not args.train and args.resume is None:
-            print("nothing was trained; add -t")
+    if args.dry_run:
+        experiment.plan(args.export)
+        return
+    if experiment.trainer.is_global_zero and not args.train and args.resume is None:
+        print("nothing was trained; add -t")
     if args.train or args.resume is not None:
         try:
             experiment.fit(args.export)

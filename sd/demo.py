@@ -24,18 +24,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd.sdxl_data import weights_hash
-from sd.tstitch_sd_utils import LARGE_SDXL, OFFLOADS, get_tstitch_pipepline_sdxl_controlnet, load_lora, stitched_unet
+from sd.stitched_unet import steps_of_calls
+from sd.tstitch_sd_utils import LARGE_SDXL, OFFLOADS, get_tstitch_pipepline_sdxl_controlnet, load_lora, read_ratio, stitched_unet
 from tstitch.checkpoints import first_line
-from tstitch.cli import DTYPES, new_parser, parse_device, positive_int
+from tstitch.cli import DTYPES, MACHINE, MODELS, OUTPUT, STITCHING, add_dry_run_arg, help_group, new_parser, parse_device, positive_int
+from tstitch.dry_run import Files, Watch, Work, flop_counter, module_bytes, show_memory, show_plan
 from tstitch.errors import InputError
 from tstitch.files import check_folder, read_json, write_json
 from tstitch.pictures import to_rgb
 from tstitch.plots import image_grid, save_image
-from tstitch.results import markdown_table
+from tstitch.results import computed_by, markdown_table
 from tstitch.schedule import StitchSchedule, steps_by_denoiser
+from tstitch.sweep import owners_of
 
 RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 LETTERS = ("S", "L")  # small, large
+SAMPLED, SAMPLING = "what is sampled", "sampling"
 CELL = 256  # pixels of a picture in the grid, at most
 Pictures = list[Image.Image]
 
@@ -46,31 +50,38 @@ def demo_parser(
 ) -> argparse.ArgumentParser:  # fmt: skip
     """Make a parser with the words that every demo shares; `demo_plan` reads them. The arguments are the demo's defaults; a tuple of steps takes several."""
     parser = new_parser(doc)
-    parser.add_argument("--prompt", nargs="*", default=prompt and [prompt], metavar="TEXT", help="what the pictures shall show, one or more prompts")
-    parser.add_argument("--negative_prompt", metavar="TEXT", help=f"what they shall not show; needs guidance (default: {negative_prompt or 'nothing'})")
+    shown = help_group(parser, SAMPLED)
+    shown.add_argument("--prompt", nargs="*", default=prompt and [prompt], metavar="TEXT", help="what the pictures shall show, one or more prompts")
+    shown.add_argument("--negative_prompt", metavar="TEXT", help=f"what they shall not show; needs guidance (default: {negative_prompt or 'nothing'})")
     parser.set_defaults(usual_negative_prompt=negative_prompt)
-    parser.add_argument("--ratios", type=float, nargs="+", default=ratios and list(ratios), metavar="RATIO", help="the small model's share of the steps, 0..1")
-    parser.add_argument("--large", default=large, metavar="NAME", help="large model: a hub name, or a folder in diffusers format")
-    parser.add_argument("--small", metavar="NAME", help="small model: likewise, or a U-Net alone (default: beside the large one, else the published one)")
-    parser.add_argument("--lora", metavar="NAME", help="a LoRA for the large model: a file, a folder or a hub name")
+    shown.add_argument("--num-images", type=positive_int, metavar="N", help="how many pictures; the prompts repeat (default: one for each prompt)")
+    shown.add_argument("--seed", type=int, default=0, help="picture i is made from seed + i alone")
+    shown.add_argument("--height", type=positive_int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    shown.add_argument("--width", type=positive_int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    models = help_group(parser, MODELS)
+    models.add_argument("--large", default=large, metavar="NAME", help="large model: a hub name, or a folder in diffusers format")
+    models.add_argument("--small", metavar="NAME", help="small model: likewise, or a U-Net alone (default: beside the large one, else the published one)")
+    models.add_argument("--lora", metavar="NAME", help="a LoRA for the large model: a file, a folder or a hub name")
+    help_group(parser, STITCHING).add_argument(
+        "--ratios", type=float, nargs="+", default=ratios and list(ratios), metavar="RATIO", help="the small model's share of the steps, 0..1"
+    )
+    sampling = help_group(parser, SAMPLING)
     several = {"nargs": "+", "default": list(steps)} if isinstance(steps, tuple) else {"default": steps}
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps, 1..1000", **several)
-    parser.add_argument("--guidance", type=float, default=guidance, help="uncond + guidance * (cond - uncond); 1 turns guidance off")
-    parser.add_argument("--num-images", type=positive_int, metavar="N", help="how many pictures; the prompts repeat (default: one for each prompt)")
-    parser.add_argument("--seed", type=int, default=0, help="picture i is made from seed + i alone")
-    parser.add_argument("--height", type=positive_int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
-    parser.add_argument("--width", type=positive_int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
-    parser.add_argument("--max-batch", type=positive_int, default=max_batch, metavar="N", help="most pictures in one call of the pipeline")
-    parser.add_argument("--save_dir", type=Path, default=Path(save_dir), help="folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: fp16 on cuda, fp32 elsewhere)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="switch: one U-Net on the accelerator at a time; model: one model of any kind")
+    sampling.add_argument("--steps", type=int, metavar="N", help="sampling steps, 1..1000", **several)
+    sampling.add_argument("--guidance", type=float, default=guidance, help="uncond + guidance * (cond - uncond); 1 turns guidance off")
+    help_group(parser, OUTPUT).add_argument("--save_dir", type=Path, default=Path(save_dir), metavar="FOLDER", help="folder to write")
+    machine = help_group(parser, MACHINE)
+    machine.add_argument("--max-batch", type=positive_int, default=max_batch, metavar="N", help="most pictures in one call of the pipeline")
+    machine.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: fp16 on cuda, fp32 elsewhere)")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    machine.add_argument("--offload", choices=OFFLOADS, default="none", help="switch: one U-Net on the accelerator at a time; model: one model of any kind")
+    add_dry_run_arg(parser)
     return parser
 
 
 def add_picture_arg(parser: argparse.ArgumentParser, what: str, *, required: bool = True) -> None:
     """Add the pictures that a demo starts from; they repeat as the prompts do."""
-    parser.add_argument("--image", type=Path, nargs="+", default=[], required=required, metavar="FILE", help=what)
+    help_group(parser, SAMPLED).add_argument("--image", type=Path, nargs="+", default=[], required=required, metavar="FILE", help=what)
 
 
 @dataclass(frozen=True)
@@ -93,13 +104,18 @@ class DemoPlan:
     lora: str | None
     loading: dict[str, Any]  # what every loader of a stitched pipeline takes
     arguments: dict[str, Any]  # the whole command line, for the record
+    dry_run: bool = False  # say what it would cost, and do nothing
 
     def fitted(self, pipe: DiffusionPipeline, pictures: Sequence[Image.Image] | None = None) -> Pictures:
         """The pictures in the size that the pipeline makes, cut in the middle to its shape."""
+        return [ImageOps.fit(picture, self.pixels(pipe)) for picture in (self.pictures if pictures is None else pictures)]
+
+    def pixels(self, pipe: DiffusionPipeline) -> tuple[int, int]:
+        """Width and height of what the pipeline makes."""
         own = pipe.unet.config.sample_size  # one number, or height and width
         own = own[::-1] if isinstance(own, (list, tuple)) else (own, own)
         width, height = (side or latents * pipe.vae_scale_factor for side, latents in zip(self.size, own, strict=True))
-        return [ImageOps.fit(picture, (width, height)) for picture in (self.pictures if pictures is None else pictures)]
+        return width, height
 
 
 def demo_plan(args: argparse.Namespace) -> DemoPlan:
@@ -144,7 +160,8 @@ def demo_plan(args: argparse.Namespace) -> DemoPlan:
         small=args.small,
         lora=args.lora,
         loading={"device": parse_device(args.device), "dtype": args.dtype and DTYPES[args.dtype], "offload": args.offload},
-        arguments={name: json.loads(json.dumps(value, default=str)) for name, value in vars(args).items()},
+        dry_run=args.dry_run,
+        arguments={name: json.loads(json.dumps(value, default=str)) for name, value in vars(args).items() if name != "dry_run"},
     )
 
 
@@ -241,8 +258,14 @@ def run_demo(
         each = {name: values[batch] for name, values in (per_picture or {}).items()}
         return sample(pipe, plan.prompts[batch], plan.seeds[batch], ratio=ratio, num_inference_steps=steps, **call, **each)
 
-    for ratio in (0.0, 1.0):  # the first call of a model prepares kernels, and times are shown
-        pictures(ratio, min(plan.steps, math.ceil(2 / call.get("strength", 1))), batches[0])
+    def prepare() -> None:
+        for ratio in (0.0, 1.0):  # the first call of a model prepares kernels, and times are shown
+            pictures(ratio, min(plan.steps, math.ceil(2 / call.get("strength", 1))), batches[0])
+
+    if plan.dry_run:
+        plan_demo(pipe, plan, prepare, len(plan.seeds[batches[0]]), call.get("strength"))
+        return
+    prepare()
     columns, steps, seconds = [], [], []
     with tqdm(desc="sampling", total=len(plan.ratios) * len(plan.seeds), unit="picture") as bar:
         for ratio in plan.ratios:
@@ -275,6 +298,62 @@ def run_demo(
     print(f"wrote {plan.folder}")
 
 
+def plan_demo(pipe: DiffusionPipeline, plan: DemoPlan, prepare: Callable[[], None], together: int, strength: float | None) -> None:
+    """Answer --dry-run, from the short calls that prepare a run, each of `together` pictures."""
+    unet, device = stitched_unet(pipe), plan.loading["device"]
+    names = [LETTERS[0], *(f"{LETTERS[0]}{k}" for k in range(2, len(unet.unets))), LETTERS[1]]
+    modules = dict(zip(names, unet.unets, strict=True)) | ({"ControlNet": pipe.controlnet} if getattr(pipe, "controlnet", None) else {})
+    with flop_counter() as counter, Watch(modules, device, counter) as counted:
+        prepare()
+    with Watch(modules, device) as timed:
+        began = time.perf_counter()
+        prepare()
+        rest = time.perf_counter() - began - sum(timed.seconds.values())
+    legs = {ratio: planned_legs(pipe, ratio, plan.steps, strength) for ratio in plan.ratios}
+    calls = {name: sum(calls_of[k] for _, calls_of in legs.values()) for k, name in enumerate(names)}
+    calls |= {name: sum(calls.values()) for name in modules if name not in calls}
+    count = len(plan.seeds)
+    works = [
+        Work(
+            name,
+            count * calls[name] + together * counted.calls[name],
+            *(spent[name] / (together * max(1, counted.calls[name])) for spent in (counted.flops, timed.seconds)),
+        )
+        for name in modules
+    ]
+    other = counter.get_total_flops() - sum(counted.flops.values())
+    works.append(Work("text and decoding", count * len(plan.ratios) + 2 * together, other / (2 * together), rest / (2 * together)))
+    width, height = plan.pixels(pipe)
+    size = 2 * count * len(plan.ratios) * width * height * 3
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    show_plan(
+        [
+            *(
+                ("models", f"{name}: {sum(p.numel() for p in module.parameters()) / 1e6:.4g} M parameters, {module.config._name_or_path}")
+                for name, module in modules.items()
+            ),
+            ("pictures", f"{count} of {width}x{height} for each ratio, at most {plan.max_batch} at once, seeds {plan.seeds[0]} to {plan.seeds[-1]}"),
+            ("schedules", ", ".join(f"{ratio:g}: {'/'.join(map(str, steps))}" for ratio, (steps, _) in legs.items()) + " steps small/large"),
+            ("sampling", f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, guidance {plan.guidance:g}; {unet.dtype} on {device}"),
+        ],
+        works,
+        how=f"an estimate from {together} picture{'s' if together > 1 else ''} at once, without loading and writing",
+        memory=show_memory(device, sum(map(module_bytes, parts)), size),
+        files=[Files("pictures, grid.png and results.json", size, plan.folder, at_most=True)],
+    )
+
+
+def planned_legs(pipe: DiffusionPipeline, ratio: float, num_steps: int, strength: float | None = None) -> tuple[list[int], list[int]]:
+    """Steps of the small and the large U-Net in a call that has not been made, and the calls of every U-Net."""
+    unet, scheduler = stitched_unet(pipe), pipe.scheduler
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps if strength is None else pipe.get_timesteps(num_steps, strength, unet.device)[0]
+    step_of_call = steps_of_calls(scheduler, len(timesteps))
+    legs = read_ratio(ratio, len(unet.unets)).legs(step_of_call[-1] + 1)
+    steps, owners = steps_by_denoiser(legs, len(unet.unets)), owners_of(legs)
+    return [steps[0], steps[-1]], [sum(owners[step] == k for step in step_of_call) for k in range(len(unet.unets))]
+
+
 def _save(pipe: DiffusionPipeline, plan: DemoPlan, rows: list[Row], columns: list[Pictures], shown: dict[str, Pictures], call: dict[str, Any]) -> None:
     _forget(plan.folder)
     for row, column in zip(rows, columns, strict=True):
@@ -295,10 +374,7 @@ def _save(pipe: DiffusionPipeline, plan: DemoPlan, rows: list[Row], columns: lis
         "seeds": plan.seeds,
         "models": {"S": plan.small or str(unet.unets[0].config._name_or_path), "L": plan.large},
         "weights": {"S": weights_hash(unet.unets[0]), "L": weights_hash(unet.large)},
-        "dtype": str(unet.dtype).removeprefix("torch."),
-        "device": str(plan.loading["device"]),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **computed_by(unet.dtype, plan.loading["device"]),
     }  # fmt: skip
     write_json(plan.folder / "results.json", record | {"arguments": plan.arguments} | {"rows": [asdict(row) for row in rows]})
 
@@ -320,8 +396,10 @@ def controlnet_parser(doc: str | None, *, prompt: str, controlnet: str, save_dir
     """Make a parser for an SDXL demo whose pictures follow a map, which is drawn from --image."""
     parser = demo_parser(doc, prompt=prompt, negative_prompt="blur, low quality", large=LARGE_SDXL, save_dir=save_dir)
     add_picture_arg(parser, "pictures to follow, cut to the model's shape; they repeat")
-    parser.add_argument("--controlnet", default=controlnet, metavar="NAME", help="ControlNet of the large model: a hub name, or a folder in diffusers format")
-    parser.add_argument("--scale", type=float, default=0.5, help="how strictly the map is followed; 0 ignores it")
+    help_group(parser, MODELS).add_argument(
+        "--controlnet", default=controlnet, metavar="NAME", help="ControlNet of the large model: a hub name, or a folder in diffusers format"
+    )
+    help_group(parser, SAMPLING).add_argument("--scale", type=float, default=0.5, help="how strictly the map is followed; 0 ignores it")
     return parser
 
 

@@ -18,20 +18,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sd.page.classes import class_backbones
 from sd.page.page import CSS, build_page, theme
 from sd.page.prompts import prompt_backbones
-from tstitch.cli import DTYPES, new_parser, parse_device, positive_int, run
+from tstitch.cli import DTYPES, MACHINE, help_group, new_parser, parse_device, positive_int, run
 from tstitch.errors import InputError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets the whole network in")
-    parser.add_argument("--port", type=positive_int, help="port to listen on (default: the first free one from 7860)")
-    parser.add_argument("--share", action="store_true", help="also open a public address for a week, through gradio's servers")
-    parser.add_argument("--auth", action="append", default=[], metavar="USER:PASSWORD", help="who may enter; may be given several times")
-    parser.add_argument("--concurrency", type=positive_int, default=1, metavar="N", help="runs at once; the others wait in a queue")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: fp32, of Stable Diffusion on an accelerator fp16)")
+    page = help_group(parser, "page")
+    page.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets the whole network in")
+    page.add_argument("--port", type=positive_int, help="port to listen on (default: the first free one from 7860)")
+    page.add_argument("--share", action="store_true", help="also open a public address for a week, through gradio's servers")
+    page.add_argument("--auth", action="append", default=[], metavar="USER:PASSWORD", help="who may enter; may be given several times")
+    machine = help_group(parser, MACHINE)
+    machine.add_argument("--concurrency", type=positive_int, default=1, metavar="N", help="runs at once; the others wait in a queue")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    machine.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: fp32, of Stable Diffusion on an accelerator fp16)")
     return parser.parse_args(argv)
 
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sd.demo import add_picture_arg, demo_parser, demo_plan, load_pipeline, read_picture, run_demo
+from sd.demo import SAMPLED, SAMPLING, add_picture_arg, demo_parser, demo_plan, load_pipeline, read_picture, run_demo
 from sd.tstitch_sd_utils import get_tstitch_pipepline, stitch
-from tstitch.cli import run
+from tstitch.cli import help_group, run
 from tstitch.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,8 +32,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line, and fill in what belongs to the large model."""
     parser = demo_parser(__doc__, prompt=None, large="emoji", steps=None, guidance=None, max_batch=None, save_dir="figures/sd")
     add_picture_arg(parser, "start from these pictures, cut to the model's shape, in place of noise alone", required=False)
-    parser.add_argument("--strength", type=float, help="with --image: how much of the trajectory is walked, 0..1; 1 forgets the picture (default: 0.7)")
-    parser.add_argument("--mask", type=Path, metavar="FILE", help="with --image: change only what is white in this picture")
+    help_group(parser, SAMPLING).add_argument(
+        "--strength", type=float, help="with --image: how much of the trajectory is walked, 0..1; 1 forgets the picture (default: 0.7)"
+    )
+    help_group(parser, SAMPLED).add_argument("--mask", type=Path, metavar="FILE", help="with --image: change only what is white in this picture")
     args = parser.parse_args(argv)
     defaults = BUNDLED if args.large == "emoji" else FETCHED
     for name, value in defaults.items():

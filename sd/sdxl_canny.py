@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from sd.demo import controlnet_parser, demo_plan, run_controlnet_demo
-from tstitch.cli import run
+from sd.demo import SAMPLED, controlnet_parser, demo_plan, run_controlnet_demo
+from tstitch.cli import help_group, run
 
 PROMPT = "aerial view of a research station in the ice, cinematic, highly detailed"
 
@@ -26,7 +26,9 @@ PROMPT = "aerial view of a research station in the ice, cinematic, highly detail
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = controlnet_parser(__doc__, prompt=PROMPT, controlnet="diffusers/controlnet-canny-sdxl-1.0", save_dir="figures/sdxl_canny")
-    parser.add_argument("--thresholds", type=float, nargs=2, default=[100, 200], metavar=("LOW", "HIGH"), help="of the gradient; higher ones find fewer edges")
+    help_group(parser, SAMPLED).add_argument(
+        "--thresholds", type=float, nargs=2, default=[100, 200], metavar=("LOW", "HIGH"), help="of the gradient, in grey levels; higher ones find fewer edges"
+    )
     return parser.parse_args(argv)
 
 

@@ -283,6 +283,37 @@ class EncodedPictures:
         return Batch(draw_latents(moments, None, self.scaling_factor).to(device, non_blocking=True), self.text(captions, device), time_ids.to(device))
 
 
+class UnencodedPictures(EncodedPictures):
+    """Captioned pictures of which only the shapes count, for a plan: one caption and one picture are encoded, nothing is read or written."""
+
+    @torch.no_grad()
+    def encode(self, pipe: StableDiffusionXLPipeline, more_captions: Sequence[str] = (), process: int = 0, num_processes: int = 1) -> None:
+        """Find out the shapes, and what is left to encode; the first caption and a picture of noise stand for all."""
+        embeds, _, pooled, _ = pipe.encode_prompt([self.pictures[0].text], do_classifier_free_guidance=False)
+        self._embeds, self._pooled = embeds.float().cpu(), pooled.float().cpu()
+        self._channels, self._downsampling = pipe.vae.config.latent_channels, pipe.vae_scale_factor
+        captions = {picture.text for picture in self.pictures} | {"", *more_captions}
+        self.captions_left = sum(not self._text_file(caption).exists() for caption in captions)
+        self.pictures_left = [k for file, k in {file: k for k, file in enumerate(self._latents)}.items() if not file.exists()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache will grow by."""
+        text = 2 * (self._embeds.numel() + self._pooled.numel())
+        areas = sum(math.prod(self.placements[k].bucket) for k in self.pictures_left)
+        return self.captions_left * text + 2 * 2 * self._channels * areas // self._downsampling**2
+
+    def text(self, captions: Sequence[str | None], device: torch.device | str = "cpu") -> Text:
+        """The one caption, for each."""
+        return Text(*(part.expand(len(captions), *part.shape[1:]).to(device) for part in (self._embeds, self._pooled)))
+
+    def batch(self, items: Tensor, dropped: Tensor, device: torch.device | str = "cpu") -> Batch:
+        """Noise of the items' shape."""
+        height, width = self.placements[int(items[0])].bucket
+        latents = torch.randn(len(items), self._channels, height // self._downsampling, width // self._downsampling)
+        return Batch(latents.to(device), self.text([None] * len(items), device), torch.zeros(len(items), 6, device=device))
+
+
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     halves = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
     if not all(tensor.isfinite().all() for tensor in halves.values()):

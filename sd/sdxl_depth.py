@@ -19,7 +19,7 @@ from PIL import Image
 
 from sd.demo import controlnet_parser, demo_plan, run_controlnet_demo
 from sd.tstitch_sd_utils import load_part
-from tstitch.cli import run
+from tstitch.cli import MODELS, help_group, run
 
 PROMPT = "a bonsai tree, masterpiece, highly detailed"
 
@@ -27,7 +27,9 @@ PROMPT = "a bonsai tree, masterpiece, highly detailed"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = controlnet_parser(__doc__, prompt=PROMPT, controlnet="diffusers/controlnet-depth-sdxl-1.0", save_dir="figures/sdxl_depth")
-    parser.add_argument("--estimator", default="Intel/dpt-hybrid-midas", metavar="NAME", help="depth model: a hub name, or a folder in transformers' format")
+    help_group(parser, MODELS).add_argument(
+        "--estimator", default="Intel/dpt-hybrid-midas", metavar="NAME", help="depth model: a hub name, or a folder in transformers' format"
+    )
     return parser.parse_args(argv)
 
 

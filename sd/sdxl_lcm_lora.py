@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sd.demo import demo_parser, demo_plan, load_pipeline, run_demo
 from sd.tstitch_sd_utils import LARGE_LCM_LORA, LARGE_SDXL, SMALL_LCM_LORA, get_tstitch_pipepline_sdxl_lcm_lora
-from tstitch.cli import run
+from tstitch.cli import MODELS, help_group, run
 
 PROMPT = "a lighthouse in a storm, oil painting"
 
@@ -26,7 +26,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = demo_parser(__doc__, prompt=PROMPT, large=LARGE_SDXL, steps=(2, 4, 8), guidance=1.0, ratios=None, save_dir="figures/sdxl_lcm_lora")
     for size, lora in (("large", LARGE_LCM_LORA), ("small", SMALL_LCM_LORA)):
-        parser.add_argument(f"--{size}_lcm_lora", default=lora, metavar="NAME", help=f"the {size} model's LCM-LoRA: a file, a folder or a hub name")
+        help_group(parser, MODELS).add_argument(
+            f"--{size}_lcm_lora", default=lora, metavar="NAME", help=f"the {size} model's LCM-LoRA: a file, a folder or a hub name"
+        )
     return parser.parse_args(argv)
 
 

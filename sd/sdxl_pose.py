@@ -21,7 +21,7 @@ from PIL import Image
 
 from sd.demo import controlnet_parser, demo_plan, run_controlnet_demo
 from sd.tstitch_sd_utils import load_part
-from tstitch.cli import run
+from tstitch.cli import MODELS, help_group, run
 from tstitch.errors import InputError
 
 PROMPT = "a robot dancing in a futuristic city, high quality"
@@ -30,7 +30,9 @@ PROMPT = "a robot dancing in a futuristic city, high quality"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = controlnet_parser(__doc__, prompt=PROMPT, controlnet="thibaud/controlnet-openpose-sdxl-1.0", save_dir="figures/sdxl_pose")
-    parser.add_argument("--detector", default="lllyasviel/Annotators", metavar="NAME", help="OpenPose weights: a hub name, or a folder of their .pth files")
+    help_group(parser, MODELS).add_argument(
+        "--detector", default="lllyasviel/Annotators", metavar="NAME", help="OpenPose weights: a hub name, or a folder of their .pth files"
+    )
     return parser.parse_args(argv)
 
 

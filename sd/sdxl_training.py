@@ -164,12 +164,12 @@ class StitchTraining:
         size: items of a part.
         num_parts: parts of a step.
         empty_prompts: share of captions that are left out, for guidance.
-        record: file that gets a line for each part of this process: step (from 1), part, ratio, the smallest timestep allowed, the timesteps drawn.
+        record: file that gets a line for each part of this process: step (from 1), part, ratio, the smallest timestep allowed, the timesteps drawn; or None.
     """
 
     def __init__(
         self, data: EncodedPictures, curriculum: Curriculum, scheduler: DDPMScheduler, *, size: int, num_parts: int, seed: int, device: torch.device,
-        record: Path, large: UNet2DConditionModel | None = None, distill_weight: float = 1.0, snr_gamma: float | None = None, empty_prompts: float = 0.0,
+        record: Path | None, large: UNet2DConditionModel | None = None, distill_weight: float = 1.0, snr_gamma: float | None = None, empty_prompts: float = 0.0,
     ) -> None:  # fmt: skip
         self.data, self.curriculum, self.scheduler, self.large = data, curriculum, scheduler, large
         self.size, self.num_parts, self.seed, self.device, self.record = size, num_parts, seed, device, record
@@ -186,9 +186,10 @@ class StitchTraining:
         batch = self.data.batch(items, torch.rand(self.size) < self.empty_prompts, self.device)
         noise = torch.randn(batch.latents.shape).to(self.device)
         ratio = self.curriculum.ratio_at(step)
-        if self._log is None:  # now that the step is known at which a resumed run goes on
+        if self._log is None and self.record is not None:  # now that the step is known at which a resumed run goes on
             self._log = JsonLines(self.record, step)
-        self._log.write({"step": step + 1, "part": part, "ratio": ratio, "first": first, "timesteps": t.tolist()})
+        if self._log is not None:
+            self._log.write({"step": step + 1, "part": part, "ratio": ratio, "first": first, "timesteps": t.tolist()})
         terms = stitch_losses(
             model, batch, t.to(self.device), noise, scheduler=self.scheduler, weights=self.weights, large=self.large, distill_weight=self.distill_weight
         )  # fmt: skip

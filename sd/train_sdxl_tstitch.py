@@ -15,21 +15,24 @@ import argparse
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sd.sdxl_data import EncodedPictures, make_buckets, read_metadata, weights_hash
+from sd.sdxl_data import EncodedPictures, UnencodedPictures, make_buckets, read_metadata, weights_hash
 from sd.sdxl_training import Curriculum, Previews, StitchTraining, load_frozen, load_large, load_small, save_unet, training_scheduler
-from tstitch.cli import new_parser, positive_int, run
+from tstitch.cli import DATA, LOGGING, MACHINE, OPTIMIZATION, add_dry_run_arg, help_group, new_parser, positive_int, run
+from tstitch.dry_run import Files, checkpoint_files_of, module_bytes, plan_training, show_plan, training_bytes, training_memory
 from tstitch.errors import InputError
 from tstitch.files import check_folder
 from tstitch.training import checkpoint_files, cosine_lr, fit
+from tstitch.training_cli import create_accelerator
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,18 +40,18 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; the words are those of diffusers' trainers, with the words of our other trainers beside them."""
     parser = new_parser(__doc__)
-    models = parser.add_argument_group("models (a folder in diffusers format or a hub name)")
+    models = help_group(parser, "models (a folder in diffusers format or a hub name)")
     models.add_argument("--pretrained_model_name_or_path", required=True, help="the SDXL pipeline whose large U-Net takes the rest of the trajectory")
     models.add_argument("--small_model_name_or_path", required=True, help="the U-Net that is trained, or a pipeline that has it")
     models.add_argument("--variant", help="which files of the pretrained pipeline, fp16 for instance")
-    data = parser.add_argument_group("data")
+    data = help_group(parser, DATA)
     data.add_argument("--train_data_dir", type=Path, required=True, help="folder of pictures")
     data.add_argument("--metadata_file", type=Path, help="jsonl with file_name and text a line (default: metadata.jsonl in train_data_dir)")
     data.add_argument("--resolution", type=positive_int, default=1024, help="pictures are scaled and cropped to shapes of about its square")
     data.add_argument("--bucket_step", type=positive_int, default=64, help="pixels that divide the sides of every shape; RESOLUTION for squares only")
     data.add_argument("--cache_dir", type=Path, help="folder for encoded pictures and captions (default: OUTPUT_DIR/cache)")
     data.add_argument("--proportion_empty_prompts", type=float, default=0.1, help="share of captions left out, 0..1: what guidance needs")
-    stitch = parser.add_argument_group("what is learned")
+    stitch = help_group(parser, "what is learned")
     stitch.add_argument("--ratio", type=float, default=0.4, help="share of the trajectory that the small model will own, above 0 and at most 1")
     stitch.add_argument("--ratio_schedule", choices=["fixed", "curriculum"], default="fixed", help="curriculum widens it from --ratio_start to --ratio")
     stitch.add_argument("--ratio_start", type=float, help="where a curriculum begins")
@@ -56,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     stitch.add_argument("--enable_distill", action="store_true", help="learn from the large U-Net's answers too")
     stitch.add_argument("--distill_weight", type=float, help="weight of that loss, at least 0 (default: 1)")
     stitch.add_argument("--snr_gamma", type=float, help="weigh the loss by min(SNR, gamma) / SNR (Hang et al. 2023, arXiv:2303.09556); off if not given")
-    learning = parser.add_argument_group("learning")
+    learning = help_group(parser, OPTIMIZATION)
     learning.add_argument("--max_train_steps", "--max-steps", type=positive_int, default=10_000, help="optimizer steps")
     learning.add_argument("--train_batch_size", type=positive_int, default=4, help="pictures at once in each process, all of one shape")
     learning.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="batches of each process before an optimizer step")
@@ -70,16 +73,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     learning.add_argument("--max_grad_norm", type=float, default=1.0, help="largest gradient norm; 0 for no clipping")
     learning.add_argument("--ema_decay", type=float, default=0.9999, help="decay of the moving average that is shown and saved, 0 for none")
     learning.add_argument("--seed", type=int, default=0, help="seed of batches, timesteps and noise")
-    speed = parser.add_argument_group("speed and memory")
+    speed = help_group(parser, MACHINE)
     speed.add_argument("--mixed_precision", choices=DTYPES, help="autocast type, and that of the large U-Net (default: what accelerate launch says, or no)")
     speed.add_argument("--gradient_checkpointing", action="store_true", help="compute activations twice to keep fewer of them")
     speed.add_argument("--allow_tf32", action="store_true", help="TensorFloat-32 for what stays float32 on a GPU")
-    watch = parser.add_argument_group("validation")
+    watch = help_group(parser, "validation")
     watch.add_argument("--validation_prompt", nargs="+", default=[], metavar="PROMPT", help="pictures of these, stitched at the current ratio")
     watch.add_argument("--validation_every", type=positive_int, default=500, metavar="STEPS", help="steps between them")
     watch.add_argument("--validation_num_inference_steps", type=positive_int, default=30, metavar="N", help="steps of each picture")
     watch.add_argument("--validation_guidance_scale", type=float, default=5.0, metavar="SCALE", help="1 turns guidance off")
-    out = parser.add_argument_group("run")
+    out = help_group(parser, LOGGING)
     out.add_argument("--output_dir", "--results-dir", type=Path, default=Path("runs/sdxl-small"), help="run folder")
     out.add_argument("--resume_from_checkpoint", "--load-ckpt", metavar="latest|PATH", help="go on from output_dir's newest checkpoint, or another run's")
     out.add_argument("--autoresume", dest="resume_from_checkpoint", action="store_const", const="latest", help="the same as --resume_from_checkpoint latest")
@@ -87,6 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     out.add_argument("--checkpoints_total_limit", type=positive_int, default=2, help="checkpoints to keep")
     out.add_argument("--log_every", type=positive_int, default=50, help="steps between lines of log.jsonl")
     out.add_argument("--report_to", choices=["tensorboard", "none"], default="tensorboard", help="where else the losses go")
+    add_dry_run_arg(parser)
     return parser.parse_args(argv)
 
 
@@ -165,16 +169,6 @@ def checkpoint_to_resume(args: argparse.Namespace) -> bool | Path:
     return path
 
 
-def create_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Devices, number type and TensorBoard, which writes to output_dir/logs."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    return Accelerator(
-        mixed_precision=args.mixed_precision, log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(args.output_dir), logging_dir=str(args.output_dir / "logs")),
-        cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available(),  # else accelerate would make each process a run of its own
-    )  # fmt: skip
-
-
 def describe(
     args: argparse.Namespace, curriculum: Curriculum, data: EncodedPictures, small: torch.nn.Module, teacher: torch.nn.Module | None
 ) -> dict[str, Any]:
@@ -191,6 +185,32 @@ def describe(
     }  # fmt: skip
 
 
+def plan_run(
+    args: argparse.Namespace, accelerator: Accelerator, data: UnencodedPictures, small: torch.nn.Module, losses: StitchTraining,
+    take: Callable[[], object], start: int,
+) -> None:  # fmt: skip
+    """Answer --dry-run: what encoding the pictures leaves on disk, and what the steps from `start` on will cost."""
+
+    def take_part(size: int) -> None:
+        losses.size = size
+        take()
+
+    left, processes = args.max_train_steps - start, accelerator.num_processes
+    works, how = plan_training(take_part, args.train_batch_size, times=left * losses.num_parts, device=accelerator.device, processes=processes)
+    files = checkpoint_files_of(small, args.output_dir, steps=left, every=args.checkpointing_steps, keep=args.checkpoints_total_limit)
+    files += [Files("unet_small", module_bytes(small), args.output_dir), Files("encoded pictures and captions", data.nbytes, data.cache)]
+    if accelerator.is_main_process:
+        show_plan(
+            [
+                ("model", f"{args.small_model_name_or_path}, {sum(p.numel() for p in small.parameters()) / 1e6:.4g} M parameters"),
+                ("teacher", f"{args.pretrained_model_name_or_path}, {'asked at every step' if args.enable_distill else 'not asked'}"),
+                ("data", f"{len(data)} pictures, of which {len(data.pictures_left)}, and {data.captions_left} captions, have to be encoded first"),
+                ("training", f"{left} steps of {losses.num_parts} parts of {args.train_batch_size} pictures, ratio {args.ratio:g}, on {processes} processes"),
+            ],
+            works, how=how + " and without encoding", memory=training_memory(accelerator.device, training_bytes(small)), files=files, ranks=processes,
+        )  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
     """Encode, train, save."""
     args = parse_args(argv)
@@ -198,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     resume = checkpoint_to_resume(args)
     buckets = make_buckets(args.resolution, args.bucket_step)
     pictures = read_metadata(args.metadata_file or args.train_data_dir / "metadata.jsonl", args.train_data_dir)
-    accelerator = create_accelerator(args)
+    accelerator = create_accelerator(args.mixed_precision, args.allow_tf32, args.report_to, args.output_dir / "logs")
     device = accelerator.device
     source = args.pretrained_model_name_or_path
     pipe = load_frozen(source, args.variant)
@@ -207,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     small = load_small(args.small_model_name_or_path, source, pipe)
     large = load_large(source, DTYPES[accelerator.mixed_precision], args.variant) if args.enable_distill or args.validation_prompt else None
 
-    data = EncodedPictures(pictures, pipe, args.cache_dir or args.output_dir / "cache", buckets)
+    data = (UnencodedPictures if args.dry_run else EncodedPictures)(pictures, pipe, args.cache_dir or args.output_dir / "cache", buckets)
     data.encode(pipe.to(device), args.validation_prompt, accelerator.process_index, accelerator.num_processes)
     accelerator.wait_for_everyone()
     pipe.register_modules(unet=large and large.to(device), text_encoder=None, text_encoder_2=None)  # frees the memory of the encoders
@@ -218,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     num_parts = args.gradient_accumulation_steps * accelerator.num_processes
     losses = StitchTraining(
         data, curriculum, training_scheduler(pipe), size=args.train_batch_size, num_parts=num_parts, seed=args.seed, device=device,
-        record=args.output_dir / f"timesteps-{accelerator.process_index}.jsonl",
+        record=None if args.dry_run else args.output_dir / f"timesteps-{accelerator.process_index}.jsonl",
         large=teacher, distill_weight=1.0 if args.distill_weight is None else args.distill_weight,
         snr_gamma=args.snr_gamma, empty_prompts=args.proportion_empty_prompts,
     )  # fmt: skip
@@ -228,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
             pipe, data.text(args.validation_prompt), data.text([None] * len(args.validation_prompt)), curriculum, args.output_dir / "validation", accelerator,
             size=args.resolution, num_steps=args.validation_num_inference_steps, guidance_scale=args.validation_guidance_scale, seed=args.seed,
         )  # fmt: skip
-    accelerator.init_trackers("train", config={name: str(value) for name, value in vars(args).items()})
+    if not args.dry_run:
+        accelerator.init_trackers("train", config={name: str(value) for name, value in vars(args).items()})
     average = fit(
         small, losses, accelerator=accelerator, folder=args.output_dir, config=describe(args, curriculum, data, small, teacher),
         optimizer=create_optimizer(args, small), max_steps=args.max_train_steps, items_per_step=args.train_batch_size * num_parts,
@@ -236,9 +257,10 @@ def main(argv: list[str] | None = None) -> None:
         lr_factor=lambda step: cosine_lr(step, args.max_train_steps, args.lr_warmup_steps, floor=1.0 if args.lr_scheduler == "constant" else 0.0),
         ckpt_every=args.checkpointing_steps, keep=args.checkpoints_total_limit, log_every=args.log_every, evaluate=previews,
         eval_every=args.validation_every, resume=resume,
+        rehearse=partial(plan_run, args, accelerator, data, small, losses) if isinstance(data, UnencodedPictures) else None,
     )  # fmt: skip
     accelerator.end_training()
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not args.dry_run:
         unet = accelerator.unwrap_model(small)
         unet.load_state_dict(average)
         save_unet(args.output_dir / "unet_small", unet)

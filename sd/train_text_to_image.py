@@ -37,7 +37,7 @@ from sd.emoji_text import (
 )
 from tstitch.autoencoder import Autoencoder
 from tstitch.checkpoints import file_hash, save_weights
-from tstitch.cli import new_parser, run
+from tstitch.cli import DATA, LOGGING, MODEL, OPTIMIZATION, help_group, new_parser, run
 from tstitch.data import check_vae, class_weights
 from tstitch.errors import InputError
 from tstitch.files import check_folder, write_json
@@ -62,15 +62,19 @@ PREVIEW_PROMPTS = (
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    model = parser.add_argument_group("model")
+    model = help_group(parser, MODEL)
     model.add_argument("--model", choices=UNETS, default="emoji-large", help="U-Net to train")
     model.add_argument("--text-encoder", type=Path, metavar="FOLDER", help="pipeline whose tokenizer and text encoder to keep, not to train anew")
-    model.add_argument("--captions", type=Path, metavar="FILE", help="from assets/emoji/write_captions.py (default: captions.jsonl of the features)")
-    model.add_argument("--text-dropout", type=float, default=0.1, help="share of captions replaced by the empty text, 0..1")
-    model.add_argument("--snr-gamma", type=float, default=5.0, help="weigh the loss by min(SNR, gamma) / SNR (Hang et al. 2023, arXiv:2303.09556)")
+    data = help_group(parser, DATA)
+    data.add_argument("--captions", type=Path, metavar="FILE", help="from assets/emoji/write_captions.py (default: captions.jsonl of the features)")
+    data.add_argument("--text-dropout", type=float, default=0.1, help="share of captions replaced by the empty text, 0..1")
+    help_group(parser, OPTIMIZATION).add_argument(
+        "--snr-gamma", type=float, default=5.0, help="weigh the loss by min(SNR, gamma) / SNR (Hang et al. 2023, arXiv:2303.09556)"
+    )
     add_training_args(parser, results_dir="runs/sd-large")
-    parser.add_argument("--pipeline", type=Path, metavar="FOLDER", help="write the moving average there at the end, fp16, in diffusers format")
-    parser.add_argument("--preview-every", type=int, default=0, metavar="STEPS", help="steps between pictures of the average, decoded with --vae; 0: none")
+    out = help_group(parser, LOGGING)
+    out.add_argument("--pipeline", type=Path, metavar="FOLDER", help="write the moving average there at the end, fp16, in diffusers format")
+    out.add_argument("--preview-every", type=int, default=0, metavar="STEPS", help="steps between pictures of the average, decoded with --vae; 0: none")
     return parser.parse_args(argv)
 
 
@@ -201,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         "captions": file_hash(captions_file), "text_encoder": text_hash, "tokenizer": tokenizer_hash(tokenizer),
     }  # fmt: skip
     average = plan.fit(model, losses, config, evaluate=preview(args, plan, tokenizer), eval_every=args.preview_every)
-    if plan.accelerator.is_main_process:
+    if plan.accelerator.is_main_process and not args.dry_run:
         print(f"{args.model} after {plan.max_steps} steps of {args.global_batch_size}: {args.results_dir}")
         if args.export:
             save_weights(args.export, average, config["model_config"])

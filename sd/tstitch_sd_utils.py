@@ -13,6 +13,7 @@ import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils.torch_utils import is_compiled_module
-from safetensors import SafetensorError
 from torch import nn
 
 from sd.stitched_unet import UNET_OFFLOADS, StitchedUNet, small_folders
-from tstitch.checkpoints import first_line
 from tstitch.cli import parse_device
 from tstitch.errors import InputError
 from tstitch.files import read_json
+from tstitch.hub import from_hub
 from tstitch.presets import ROOT
 from tstitch.schedule import StitchSchedule
 
@@ -286,8 +286,9 @@ def load_stitched(
 def _check_family(kind: type[DiffusionPipeline], large: Source, cache_dir: Source | None) -> None:
     """Refuse SDXL where Stable Diffusion is read, and the other way round; what cannot be read is left to `read_part`."""
     try:
-        found = kind.load_config(local_folder(large) or large, cache_dir=cache_dir)["_class_name"]
-    except (OSError, ValueError, KeyError):
+        with from_hub(large):
+            found = kind.load_config(local_folder(large) or large, cache_dir=cache_dir)["_class_name"]
+    except InputError:
         return
     is_sdxl = "XL" in found
     if is_sdxl != ("XL" in kind.__name__):
@@ -304,12 +305,15 @@ def read_part(cls: type, source: Source, *, variant: str | None = None, subfolde
     if folder is not None and subfolder is not None and not (folder / subfolder).is_dir():
         subfolder = None  # a model alone
     place = {"subfolder": subfolder} if subfolder else {}
-    for attempt in dict.fromkeys([variant, None]):
-        try:
-            return cls.from_pretrained(folder or source, variant=attempt, **place, **how)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = first_line(error) if folder else "it is no folder here, and the hub cannot be reached or has no such model"
-    raise InputError(f"could not load {source} ({reason}); pass a folder in diffusers format, or connect to the hub")
+
+    def read(variant: str | None) -> Any:  # noqa: ANN401  (a `cls`)
+        with from_hub(source):
+            return cls.from_pretrained(folder or source, variant=variant, **place, **how)
+
+    if variant:
+        with suppress(InputError):
+            return read(variant)
+    return read(None)
 
 
 def local_folder(source: Source) -> Path | None:
@@ -329,8 +333,9 @@ def local_folder(source: Source) -> Path | None:
 def scheduler_config(source: Source, cache_dir: Source | None) -> Mapping[str, Any]:
     """How a small model was trained, as its scheduler says; nothing for a U-Net alone."""
     try:
-        return LCMScheduler.load_config(local_folder(source) or source, subfolder="scheduler", cache_dir=cache_dir)
-    except (OSError, ValueError):
+        with from_hub(source):
+            return LCMScheduler.load_config(local_folder(source) or source, subfolder="scheduler", cache_dir=cache_dir)
+    except InputError:
         return {}
 
 
@@ -428,10 +433,8 @@ def load_part(what: str, source: Source, load: Callable[..., Any], *args: Any, *
     Raises:
         InputError: if it is neither here nor to be had from the hub, or does not fit.
     """
-    try:
+    with from_hub(source, f"the {what}", "its folder"):
         return load(*args, **kwargs)
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError) as error:
-        raise InputError(f"could not load the {what} {source} ({first_line(error)}); pass its folder, or connect to the hub") from None
 
 
 # The same names, spelled correctly.

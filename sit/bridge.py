@@ -98,7 +98,7 @@ class Bridge:
 
     def __init__(self, model: Denoiser, process: Process, transport: Transport) -> None:
         self.model, self.process, self.transport = model, process, transport
-        self.latent_shape = model.latent_shape
+        self.latent_shape, self.parameter_count = model.latent_shape, getattr(model, "parameter_count", None)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         path = self.transport.path

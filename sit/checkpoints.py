@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dit.checkpoints import build_named
 from dit.inference import prepare_for_inference
 from dit.models import DiT
 from sit.bridge import Bridge, Diffusion, Flow
@@ -29,20 +31,12 @@ EMOJI_SIZES: dict[str, dict[str, Any]] = {
     "emoji-small": {"patch_size": 4, "hidden_size": 128, "depth": 6, "num_heads": 4},
     "emoji-large": {"patch_size": 2, "hidden_size": 192, "depth": 5, "num_heads": 4},
 }
-SIT_CONFIGS = [*SiT_models, *EMOJI_SIZES]
+SIT_CONFIGS: dict[str, Callable[..., SiT]] = SiT_models | {name: partial(SiT, **size) for name, size in EMOJI_SIZES.items()}
 
 
 def build_sit(name: str, **arguments: Any) -> SiT:  # noqa: ANN401  (the arguments of SiT)
-    """Make an untrained model of a named size.
-
-    Raises:
-        InputError: if the name is unknown or the arguments do not fit together.
-    """
-    if name in SiT_models:
-        return SiT_models[name](**arguments)
-    if name in EMOJI_SIZES:
-        return SiT(**EMOJI_SIZES[name], **arguments)
-    raise InputError(f"unknown model '{name}'; choose from {', '.join(SIT_CONFIGS)}")
+    """`dit.checkpoints.build_named` of SIT_CONFIGS."""
+    return build_named(SIT_CONFIGS, name, **arguments)
 
 
 def said_by(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -108,7 +102,7 @@ def load_flows(plan: SamplingPlan, files: Sequence[DenoiserFile], given: Mapping
         plan.check_fit(model, file.path)
         model = model.to(plan.device, plan.dtype).requires_grad_(False)
         if prepare:
-            model = prepare_for_inference(model, compile=plan.compile)
+            model = prepare_for_inference(model, compile=plan.compiles)
         own = create_transport(**(dict(given or {}) | said))
         if kind is DiT:
             models.append(Bridge(model, Diffusion(), transport))

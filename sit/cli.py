@@ -8,6 +8,7 @@ from typing import Any
 
 from sit.transport import DIFFUSION_FORMS, LAST_STEPS, LOSS_WEIGHTS, ODE, ODE_METHODS, PATHS, PREDICTIONS, SDE, SDE_METHODS, Transport, create_transport
 from tstitch.checkpoints.convert import FLOW_WORDS
+from tstitch.cli import MODELS, SAMPLING, help_group
 from tstitch.errors import InputError
 
 TRANSPORT_WORDS = FLOW_WORDS  # arguments of create_transport, as checkpoints store them
@@ -18,7 +19,7 @@ SDE_WORDS: dict[str, Any] = {"diffusion_form": "sigma", "diffusion_norm": 1.0, "
 
 def add_transport_args(parser: argparse.ArgumentParser) -> None:
     """Add the words of the flow; `transport_from` reads them."""
-    group = parser.add_argument_group("flow (defaults: what the checkpoint says, else the published Linear path with velocity prediction)")
+    group = help_group(parser, "flow (defaults: what the checkpoint says, else the published Linear path with velocity prediction)")
     group.add_argument("--path-type", choices=PATHS, help="interpolant between noise and data")
     group.add_argument("--prediction", choices=PREDICTIONS, help="what the model predicts")
     group.add_argument("--loss-weight", choices=LOSS_WEIGHTS, help="weight of score and noise losses; sampling does not use it")
@@ -59,13 +60,13 @@ def add_equation_args(parser: argparse.ArgumentParser, *, reverse: bool = False)
     parser.add_argument("mode", choices=["ODE", "SDE"], help="differential equation to walk")
     add_transport_args(parser)
     both = f"ODE: {', '.join(ODE_METHODS)} (default dopri5); SDE: {', '.join(SDE_METHODS)} (default Euler)"
-    parser.add_argument("--sampling-method", metavar="NAME", help=both)
-    ode = parser.add_argument_group("ODE")
+    help_group(parser, SAMPLING).add_argument("--sampling-method", metavar="NAME", help=both)
+    ode = help_group(parser, "ODE")
     ode.add_argument("--atol", type=float, help="absolute tolerance of adaptive methods (default: 1e-6)")
     ode.add_argument("--rtol", type=float, help="relative tolerance of adaptive methods (default: 1e-3)")
     if reverse:
         ode.add_argument("--reverse", action="store_const", const=True, help="walk from t = 1 to t = 0")
-    sde = parser.add_argument_group("SDE")
+    sde = help_group(parser, "SDE")
     sde.add_argument("--diffusion-form", choices=DIFFUSION_FORMS, help="diffusion coefficient by time (default: sigma)")
     sde.add_argument("--diffusion-norm", type=float, metavar="NORM", help="factor on it, at least 0 (default: 1)")
     sde.add_argument("--last-step", choices=LAST_STEPS, help="how the last step is taken (default: Mean)")
@@ -94,6 +95,6 @@ def equation_from(args: argparse.Namespace, transport: Transport, num_steps: int
 
 def add_dit_arg(parser: argparse.ArgumentParser) -> None:
     """Add which weights are a DiT's; `sit.checkpoints.mark_dits` reads it."""
-    parser.add_argument(
+    help_group(parser, MODELS).add_argument(
         "--dit", nargs="+", choices=["s", "b", "xl"], default=[], help="models whose weights are a DiT's and do not say so; they are carried over to the flow"
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tstitch.cli import new_parser, run
+from tstitch.cli import OUTPUT, help_group, new_parser, run
 from tstitch.emoji_sweep import sweep_table
 from tstitch.errors import InputError
 from tstitch.files import check_folder, read_json
@@ -28,8 +28,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="FILE", help="results of sweep_emoji.py")
-    parser.add_argument("--x", choices=AXES, default="seconds", help="seconds: a curve for each sweep; evaluations: a curve for each ratio and equation")
-    parser.add_argument("--out", type=Path, required=True, help="picture to write")
+    output = help_group(parser, OUTPUT)
+    output.add_argument("--x", choices=AXES, default="seconds", help="seconds: a curve for each sweep; evaluations: a curve for each ratio and equation")
+    output.add_argument("--out", type=Path, required=True, help="picture to write")
     return parser.parse_args(argv)
 
 

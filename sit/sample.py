@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sit.checkpoints import SIT_CONFIGS, flow_plan, load_flows
 from sit.cli import add_equation_args, given_words
-from tstitch.cli import add_model_args, add_sampling_args, choose_file, new_parser, run, sampling_plan
+from tstitch.cli import OUTPUT, add_dry_run_arg, add_model_args, add_sampling_args, choose_file, help_group, new_parser, run, sampling_plan
 from tstitch.files import check_folder
 from tstitch.presets import SIT_PRESETS
 from tstitch.sheet import sample_sheet
@@ -28,8 +28,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_equation_args(parser, reverse=True)
     add_model_args(parser, SIT_CONFIGS)
-    parser.add_argument("--save_dir", type=Path, default=Path("samples"), help="folder to write")
+    help_group(parser, OUTPUT).add_argument("--save_dir", type=Path, default=Path("samples"), help="folder to write")
     add_sampling_args(parser, diffusion=False)
+    add_dry_run_arg(parser)
     return parser.parse_args(argv)
 
 

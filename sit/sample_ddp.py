@@ -23,7 +23,7 @@ from sit.cli import add_dit_arg, add_equation_args, given_words
 from sit.likelihood import add_likelihood_args, measure_likelihood, open_likelihood_data, wants_likelihood
 from sit.transport import ODE
 from tstitch.checkpoints import file_hash
-from tstitch.cli import SamplingPlan, add_model_args, add_weights_args, choose_file, new_parser, run, sampling_plan, stitched_files
+from tstitch.cli import STITCHING, SamplingPlan, add_model_args, add_weights_args, choose_file, help_group, new_parser, run, sampling_plan, stitched_files
 from tstitch.errors import InputError
 from tstitch.generate import Ranks, add_generation_args, file_names, generate, join_ranks
 from tstitch.presets import SIT_PRESETS, DenoiserFile
@@ -35,7 +35,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_equation_args(parser)
     add_model_args(parser, SIT_CONFIGS)
-    parser.add_argument("--ratios", type=float, nargs="+", metavar="R", help="stitch: the small model's shares of the steps, 0..1, in place of one model")
+    help_group(parser, STITCHING).add_argument(
+        "--ratios", type=float, nargs="+", metavar="R", help="the small model's shares of the steps, 0..1 (default: one model alone)"
+    )
     add_weights_args(parser)
     add_dit_arg(parser)
     add_likelihood_args(parser)
@@ -82,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
             files, schedules = choose(args, plan)
             measures = wants_likelihood(args, equation=args.mode, cfg_scale=plan.guidance.scale)
             plan = flow_plan(args, plan, files, alone=False)
+            if measures and args.dry_run:
+                raise InputError("--dry-run plans pictures, not --likelihood; leave one of the two out")
         if measures:
             likelihood(ranks, args, plan, files[0])
         else:

@@ -20,7 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sit.checkpoints import flow_plan, load_flows, mark_dits
 from sit.cli import add_dit_arg, add_equation_args, given_words
-from tstitch.cli import add_ratio_args, add_sampling_args, add_weights_args, choose_ratios, new_parser, run, sampling_plan, stitched_files
+from tstitch.cli import (
+    OUTPUT,
+    add_dry_run_arg,
+    add_ratio_args,
+    add_sampling_args,
+    add_weights_args,
+    choose_ratios,
+    help_group,
+    new_parser,
+    run,
+    sampling_plan,
+    stitched_files,
+)
 from tstitch.files import check_folder
 from tstitch.presets import SIT_PRESETS
 from tstitch.tradeoff import compare_and_save
@@ -33,8 +45,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_ratio_args(parser)
     add_weights_args(parser)
     add_dit_arg(parser)
-    parser.add_argument("--save_dir", type=Path, help="folder to write (default: figures/sit_seed_SEED)")
+    help_group(parser, OUTPUT).add_argument("--save_dir", type=Path, help="folder to write (default: figures/sit_seed_SEED)")
     add_sampling_args(parser, diffusion=False)
+    add_dry_run_arg(parser)
     return parser.parse_args(argv)
 
 

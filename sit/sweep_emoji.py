@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_weights_args(parser)
     add_dit_arg(parser)
     add_sampling_args(parser, diffusion=False)
-    parser.set_defaults(preset="emoji", num_images=2000, class_labels=list(range(9)))
+    parser.set_defaults(preset="emoji", num_images=1000, class_labels=list(range(9)))
     return parser.parse_args(argv)
 
 

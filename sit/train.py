@@ -25,7 +25,7 @@ from sit.checkpoints import SIT_CONFIGS, build_sit, said_by
 from sit.cli import TRANSPORT_WORDS, add_transport_args, transport_from, transport_words
 from sit.flows import walk_euler
 from tstitch.checkpoints import read_checkpoint, save_weights
-from tstitch.cli import new_parser, run
+from tstitch.cli import MODEL, help_group, new_parser, run
 from tstitch.errors import InputError
 from tstitch.files import read_json
 from tstitch.monitor import add_monitor_args, create_monitor
@@ -35,7 +35,7 @@ from tstitch.training_cli import add_training_args, training_plan
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    model = parser.add_argument_group("model")
+    model = help_group(parser, MODEL)
     model.add_argument("--model", choices=SIT_CONFIGS, default="SiT-XL/2", help="model size")
     model.add_argument("--posenc", choices=POSITION_ENCODINGS, default="abs", help="position encoding: added, rotary, or GTA's")
     model.add_argument("--num-classes", type=int, help="classes of the label table, at least those of the data (default: the data's)")
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     words = transport_words(transport)
     monitor = create_monitor(args, plan, model, lambda num_steps: walk_euler(transport, num_steps))
     average = plan.fit(model, losses, config={"model_config": model.config, **words}, evaluate=monitor, eval_every=args.eval_every)
-    if plan.accelerator.is_main_process:
+    if plan.accelerator.is_main_process and not args.dry_run:
         print(f"{args.model} after {plan.max_steps} steps of {args.global_batch_size}: {args.results_dir}")
         if args.export:
             save_weights(args.export, average, model.config | words)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,7 +31,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_weights_args(parser)
     add_dit_arg(parser)
     add_sampling_args(parser, diffusion=False)
-    parser.set_defaults(num_images=1)
     return parser.parse_args(argv)
 
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = sampling_plan(args, presets=SIT_PRESETS, diffusion=False)
     files = mark_dits(args, stitched_files(args, plan, three=False))
     plan = flow_plan(args, plan, files)
-    tune(args, plan, load_flows(plan, files, given_words(args)), files, two_way_ratios())
+    tune(args, plan, files, two_way_ratios(), partial(load_flows, given=given_words(args)))
 
 
 if __name__ == "__main__":

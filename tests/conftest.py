@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from dit.models import DiT
 from tstitch.torchvision_compat import prepare_torchvision
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 prepare_torchvision()  # tests import diffusers
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # the laws of training are bit for bit, which they are on a CPU
@@ -81,6 +85,16 @@ def tiny_dit(seed: int, width: int = 32, depth: int = 2, patch_size: int = 2, **
 def small_and_large() -> list[DiT]:
     """A small and a large denoiser of the same latents."""
     return [tiny_dit(1, width=16, depth=1, patch_size=4), tiny_dit(2)]
+
+
+@pytest.fixture
+def pipe() -> DiffusionPipeline:
+    """A tiny Stable Diffusion pipeline, stitched."""
+    from sd_tiny import small_sd, tiny_sd
+
+    from sd.tstitch_sd_utils import stitch
+
+    return stitch(tiny_sd(), small_sd())
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,12 @@ The small and the large U-Net of a family differ in width only: `tiny_unet(1, wi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,11 +27,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 TEXT_WIDTH = 32  # of each text encoder; the U-Nets of SDXL see two side by side
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+PICTURE_SIZES = [(40, 40), (33, 64), (70, 20), (32, 32), (40, 90), (31, 32)] * 2  # height, width
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}  # Stable Diffusion's
 
 
@@ -136,3 +141,41 @@ def save_tiny_pair(folder: Path, *, xl: bool = False) -> tuple[Path, Path]:
     (tiny_sdxl if xl else tiny_sd)().save_pretrained(large)
     tiny_unet(1, width=8, xl=xl).save_pretrained(small / "unet")
     return large, small
+
+
+def draw(pipe: DiffusionPipeline, prompt: str | list[str] = "a red dog", steps: int = 6, seed: int = 0, **kwargs: object) -> torch.Tensor:
+    """Latents of one call, from a fresh generator."""
+    return pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), output_type="latent", **kwargs).images
+
+
+def small_sd(**config: object) -> UNet2DConditionModel:
+    """The small U-Net of `tiny_sd`."""
+    return tiny_unet(1, width=8, **config)
+
+
+def small_xl(**config: object) -> UNet2DConditionModel:
+    """The small U-Net of `tiny_sdxl`."""
+    return tiny_unet(1, width=8, xl=True, **config)
+
+
+def load(get: Callable, *args: object, **kwargs: object) -> DiffusionPipeline:
+    """A pipeline by one of the published loaders, on the CPU, without a progress bar."""
+    pipe = get(*args, device="cpu", **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def write_lines(folder: Path, lines: list[str]) -> Path:
+    """A metadata file of these lines."""
+    file = folder / "metadata.jsonl"
+    file.write_text("".join(line + "\n" for line in lines))
+    return file
+
+
+def write_pictures(folder: Path) -> Path:
+    """Twelve plain pictures of several shapes, and their captions."""
+    colours = np.random.default_rng(0).integers(0, 255, (len(PICTURE_SIZES), 3), dtype=np.uint8)
+    for k, size in enumerate(PICTURE_SIZES):
+        Image.fromarray(np.broadcast_to(colours[k], (*size, 3)).copy()).save(folder / f"{k}.png")
+    write_lines(folder, [json.dumps({"file_name": f"{k}.png", "text": f"colour {k % 5}"}) for k in range(len(PICTURE_SIZES))])
+    return folder

@@ -98,6 +98,7 @@ def test_a_budget_that_says_nothing_is_refused_before_anything_is_loaded(budget:
     assert not (tmp_path / "tune.json").exists()
 
 
-def test_a_method_that_chooses_its_own_steps_is_refused(tmp_path: Path) -> None:
+def test_a_method_that_chooses_its_own_steps_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sit_script, "load_flows", lambda *args, **how: pytest.fail("loaded"))
     with pytest.raises(InputError, match="chooses its own steps"):
         sit_script.main(["ODE", *QUICK, "--speed-up", "2", "--out", str(tmp_path / "tune.json")])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dit import evaluator
 from tstitch.cli import run
@@ -109,6 +110,29 @@ def test_stored_statistics_are_used_and_the_images_beside_them_serve_precision_a
     assert evaluate(tmp_path / "both.npz", files[1], create_extractor("emoji"))[0]["settings"]["reference_statistics"] == "computed"
 
 
+def test_a_folder_of_pictures_is_the_reference_that_an_npz_of_them_is(files: tuple[Path, Path], drawings: np.ndarray, tmp_path: Path) -> None:
+    for k, image in enumerate(drawings[:30]):
+        path = tmp_path / "folder" / f"class{k // 10}" / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    emoji(*files, "--json", tmp_path / "npz.json")
+    emoji(tmp_path / "folder", files[1], "--json", tmp_path / "folder.json")
+    results = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("npz", "folder")]
+    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-5)
+    assert results[0]["settings"]["reference"] != results[1]["settings"]["reference"]
+    Image.fromarray(drawings[0]).resize((130, 100)).save(path)  # pictures of other sizes are cropped to the samples', and are another reference
+    changed, _ = evaluate(tmp_path / "folder", files[1], create_extractor("emoji"))
+    assert changed["metrics"] != results[1]["metrics"] and changed["settings"]["reference"] != results[1]["settings"]["reference"]
+    emoji(tmp_path / "folder", "--save-statistics", tmp_path / "folder.npz")
+    assert evaluate(tmp_path / "folder.npz", files[1], create_extractor("emoji"))[0]["metrics"]["fd_emoji"] == pytest.approx(changed["metrics"]["fd_emoji"])
+    (tmp_path / "empty").mkdir()
+    for folder, says in (("empty", "no class folders"), ("folder/class0", "no class folders")):
+        with pytest.raises(InputError, match=says):
+            emoji(tmp_path / folder, files[1])
+    with pytest.raises(InputError, match="size for the pictures"):
+        load_reference_statistics(Histogram(), tmp_path / "folder")
+
+
 def test_shipped_references_go_by_name(files: tuple[Path, Path], tmp_path: Path) -> None:
     emoji("held_out", files[1], "--json", tmp_path / "r.json")
     result = json.loads((tmp_path / "r.json").read_text())
@@ -159,7 +183,6 @@ BAD_FILES = {
     "damaged": (flipped, "damaged"),
     "text": (lambda path, images: path.write_text("no"), "no .npz file"),
     "missing": (lambda path, images: None, "no file"),
-    "folder": (lambda path, images: path.mkdir(), "could not read"),
     "floats": (lambda path, images: np.savez(path, images / 255), "float64"),
     "objects": (lambda path, images: np.savez(path, np.array([{}, []], dtype=object)), "object"),
     "channels first": (lambda path, images: np.savez(path, images.transpose(0, 3, 1, 2)), "[30, 3, 64, 64]"),
@@ -192,6 +215,7 @@ def test_a_bad_file_gets_one_sentence_exit_code_2_and_no_result(
 BAD_ARGUMENTS = {
     "no samples": (["ref.npz"], "pass SAMPLES.npz too"),
     "nothing": ([], "pass REF.npz and SAMPLES.npz"),
+    "samples in a folder": (["ref.npz", "."], "could not read . (Is a directory)"),
     "graph alone": (["ref.npz", "samples.npz", "--graph", "g.pb"], "belongs to --backend tensorflow"),
     "no graph": (["ref.npz", "samples.npz", "--backend", "tensorflow"], "pass --graph FILE"),
     "missing graph": (["ref.npz", "samples.npz", "--backend", "tensorflow", "--graph", "nowhere.pb"], "no file nowhere.pb"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from ldm_tiny import DDCONFIG, KL, VQ, randomised
 from torch import Tensor, nn
 
 from ldm.checkpoints import LDMCheckpoint, compvis_state_dict, load_ldm_denoisers, load_ldm_first_stage, load_ldm_unet, read_ldm, read_ldm_first_stage
@@ -37,12 +38,6 @@ SMALL = {
     "num_heads": 2, "use_spatial_transformer": True, "context_dim": 8,
 }  # fmt: skip
 LARGE = SMALL | {"attention_resolutions": [2, 1], "channel_mult": [1, 1], "context_dim": 16}
-DDCONFIG = {
-    "double_z": False, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
-    "attn_resolutions": [8], "dropout": 0.0,
-}  # fmt: skip
-VQ = {"ddconfig": DDCONFIG, "embed_dim": 3, "n_embed": 16}
-KL = {"ddconfig": DDCONFIG | {"double_z": True}, "embed_dim": 4}
 PUBLISHED = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "attention_resolutions": [4, 2, 1], "num_res_blocks": 2, "channel_mult": [1, 2, 4],
     "num_head_channels": 32, "use_spatial_transformer": True, "transformer_depth": 1,
@@ -51,14 +46,6 @@ PUBLISHED_VQ = {
     "embed_dim": 4, "n_embed": 16384, "lossconfig": {"target": "torch.nn.Identity"}, "ckpt_path": "vq-f8.ckpt",
     "ddconfig": DDCONFIG | {"resolution": 256, "ch": 128, "ch_mult": [1, 2, 2, 4], "num_res_blocks": 2, "attn_resolutions": [32]},
 }  # fmt: skip
-
-
-def randomised(model: nn.Module, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5)
-    return model.eval()
 
 
 def denoiser(params: dict, seed: int, rows: int = 11) -> LatentDenoiser:

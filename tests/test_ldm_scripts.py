@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from diffusers import VQModel
+from ldm_tiny import KL, VQ, randomised
 from PIL import Image
-from torch import nn
 
 from ldm import cli, evaluator
 from ldm.autoencoder import load_autoencoder
@@ -32,25 +32,11 @@ from tstitch.pictures import ImageFolder
 from tstitch.presets import ROOT
 from tstitch.schedule import StitchSchedule
 
-DDCONFIG = {
-    "double_z": False, "z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
-    "attn_resolutions": [8], "dropout": 0.0,
-}  # fmt: skip
-VQ = {"ddconfig": DDCONFIG, "embed_dim": 3, "n_embed": 64}
-KL = {"ddconfig": DDCONFIG | {"double_z": True}, "embed_dim": 4}
 UNET = {
     "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "attention_resolutions": [], "num_res_blocks": 1, "channel_mult": [1],
     "num_heads": 2, "use_spatial_transformer": True,
 }  # fmt: skip
 WIDTHS = (8, 16)  # of the contexts of small and large
-
-
-def randomised(model: nn.Module, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Training of U-Nets and first stages: killed runs end as undisturbed ones, checkpoints have CompVis' names, and the command line means what LDM's did."""
+"""Training of U-Nets and first stages: killed runs end as undisturbed ones, checkpoints have CompVis' names, and a run goes on as it was begun."""
 
 from __future__ import annotations
 
@@ -20,19 +20,16 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-import yaml
+from ldm_runs import LOSS, UNET, build, first_stage_run, saved, unet_run, write_run_features, write_run_pictures
 from PIL import Image
 from torch import Tensor
 
 import ldm.callbacks
-from assets.emoji.emoji_data import load_drawings
 from ldm import main as script
 from ldm.checkpoints import compvis_state_dict, load_ldm_denoisers, load_ldm_first_stage, read_ldm, read_ldm_first_stage
-from ldm.config import read_autoencoder, read_model, read_yaml
 from ldm.data import FixedLoader, Pixels
-from ldm.experiment import Experiment, build_experiment, modern
+from ldm.experiment import Experiment
 from ldm.first_stage_training import FirstStageLoss, FirstStageTraining, PatchDiscriminator
-from ldm.networks import build_ldm_first_stage, build_ldm_unet
 from ldm.training import CompVisModule, LatentDiffusion, lr_factor
 from tstitch.cli import run
 from tstitch.data import write_features
@@ -43,73 +40,16 @@ from tstitch.presets import ROOT
 # Imports once; every run is then a process of its own, which may be killed.
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["ldm.main", "diffusers.models.autoencoders.vq_model", "diffusers.models.unets.unet_2d_condition"])
-UNET = {
-    "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "attention_resolutions": [], "num_res_blocks": 1, "channel_mult": [1],
-    "num_heads": 2, "use_spatial_transformer": True, "context_dim": 8,
-}  # fmt: skip
-DDCONFIG = {
-    "double_z": False, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
-    "attn_resolutions": [], "attn_type": "none",
-}  # fmt: skip
-LOSS = {"disc_start": 3, "perceptual_weight": 0.0, "disc_num_layers": 1, "disc_ndf": 8}
 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty-six items of three unequal classes; their latents are nearly constant."""
-    folder = tmp_path_factory.mktemp("features")
-    labels = np.repeat([0, 1, 2], [13, 8, 5])
-    mean = np.broadcast_to((labels - 1.0)[:, None, None, None], (26, 4, 8, 8))
-    moments = np.concatenate([mean, np.full_like(mean, -8.0)], axis=1)[:, None]
-    write_features(folder, moments, labels, num_classes=3, vae="none", scaling_factor=1.0)
-    return folder
+    return write_run_features(tmp_path_factory.mktemp("features"))
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten emoji in two folders."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for k, image in enumerate(load_drawings(ROOT / "assets" / "emoji" / "sample64.npz", held_out=False).images[:10]):
-        (folder / str(k % 2)).mkdir(exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / str(k % 2) / f"{k}.png")
-    return folder
-
-
-def unet_run(features: Path, **trainer: Any) -> dict[str, Any]:
-    """A configuration of three steps an epoch; validation after each, a checkpoint every two."""
-    params = {
-        "linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 1000, "image_size": 8, "channels": 4, "monitor": "val/loss_simple_ema",
-        "scheduler_config": {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler", "params": {"warm_up_steps": 3, "max_decay_steps": 40}},
-        "unet_config": {"target": "ldm.UNetModel", "params": UNET},
-        "first_stage_config": {"target": "tstitch.autoencoder.Autoencoder", "params": {"ckpt_path": "pretrained_models/emoji/vae"}},
-        "cond_stage_config": {"target": "ldm.ClassEmbedder", "params": {"embed_dim": 8, "n_classes": 4, "ucg_rate": 0.25}},
-    }  # fmt: skip
-    data = {"batch_size": 4, "class_balance": 0.5, "train": {"features": str(features)}, "validation": {"features": str(features)}}
-    return _configuration({"base_learning_rate": 1e-4, "target": "ldm.LatentDiffusion", "params": params}, data, trainer)
-
-
-def first_stage_run(pictures: Path, kind: str, **trainer: Any) -> dict[str, Any]:
-    """A configuration of a VQ or KL first stage whose discriminator begins at step 3."""
-    names = {"vq": ("VQModel", "VQLPIPSWithDiscriminator"), "kl": ("AutoencoderKL", "LPIPSWithDiscriminator")}[kind]
-    params = {
-        "embed_dim": 4, "ddconfig": DDCONFIG | {"double_z": kind == "kl"}, "use_ema": True, "monitor": "val/rec_loss",
-        "lossconfig": {"target": f"ldm.{names[1]}", "params": LOSS | ({"kl_weight": 1e-6} if kind == "kl" else {})},
-    } | ({"n_embed": 16} if kind == "vq" else {})  # fmt: skip
-    source = {"pictures": str(pictures), "image_size": 32}
-    model = {"base_learning_rate": 1.25e-4, "target": f"ldm.models.autoencoder.{names[0]}", "params": params}
-    return _configuration(model, {"batch_size": 2, "train": source, "validation": source}, trainer)
-
-
-def _configuration(model: dict, data: dict, trainer: dict) -> dict[str, Any]:
-    common = {"accelerator": "cpu", "max_steps": 7, "log_every_n_steps": 2, "accumulate_grad_batches": 2, "enable_progress_bar": False}
-    lightning = {"modelcheckpoint": {"params": {"every_n_train_steps": 2}}, "trainer": common | trainer}
-    return {"model": model, "data": {"params": data}, "lightning": lightning}
-
-
-def saved(path: Path, content: dict[str, Any]) -> str:
-    """Path of a yaml with this content."""
-    path.write_text(yaml.safe_dump(content))
-    return str(path)
+    return write_run_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def last(folder: Path) -> dict[str, Any]:
@@ -196,11 +136,6 @@ def test_a_run_killed_again_and_again_ends_with_the_weights_and_the_log_of_an_un
 
 
 # Steps
-
-
-def build(content: dict[str, Any], folder: Path, **options: Any) -> Experiment:
-    """An experiment of a configuration, with the script's own defaults."""
-    return build_experiment(content, folder, {}, **({"seed": 23, "scale_lr": True} | options))
 
 
 class Recorder(pl.Callback):
@@ -362,6 +297,41 @@ def test_validation_draws_are_fixed_and_shared_out_among_processes(world: int, p
         FixedLoader(data, 10, 7, SimpleNamespace(world_size=2, global_rank=0))
 
 
+def test_a_run_goes_on_as_it_was_begun_or_says_what_differs(trained: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    experiment = trained[0]
+    again = ["-b", str(experiment.folder / "config.yaml"), "-t", "--run-dir", str(experiment.folder)]
+    before = (experiment.folder / "log.jsonl").read_text()
+    script.main(again)
+    assert "finished at step 7" in capsys.readouterr().out
+    assert (experiment.folder / "log.jsonl").read_text() == before
+    with pytest.raises(InputError, match=r"model\.params\.snr_gamma=None, run\.seed=23"):
+        script.main([*again, "model.params.snr_gamma=5.0", "--seed", "3", "--max_steps", "9"])
+    with pytest.raises(InputError, match=r"run\.init_from=None"):
+        script.main([*again, "--init-from", "other.ckpt"])
+    with pytest.raises(InputError, match="step 7 already"):
+        script.main(["--resume", str(experiment.folder), "--max_steps", "5"])
+    script.main(["--resume", str(experiment.folder), "--max_steps", "8", "lightning.modelcheckpoint.params.every_n_train_steps=100"])
+    assert last(experiment.folder)["global_step"] == 8
+    with pytest.raises(InputError, match="no checkpoints/last.ckpt"):
+        script.main(["--resume", str(tmp_path)])
+    damaged = tmp_path / "checkpoints" / "last.ckpt"
+    damaged.parent.mkdir()
+    damaged.write_bytes((experiment.folder / "checkpoints" / "last.ckpt").read_bytes()[:1000])
+    saved(tmp_path / "config.yaml", dict(experiment.content))
+    with pytest.raises(InputError, match=f"{damaged} is damaged"):
+        script.main(["--resume", str(tmp_path)])
+
+
+def test_a_run_begins_with_the_weights_that_it_is_given(trained: tuple, tmp_path: Path) -> None:
+    experiment = trained[0]
+    path = experiment.folder / "checkpoints" / "last.ckpt"
+    parts, begun = read_ldm(path), build(dict(experiment.content), tmp_path, init_from=path).model
+    assert leaves(compvis_state_dict(begun.network)) == leaves(parts.unets[0])
+    assert leaves(compvis_state_dict(begun.average)) == leaves(parts.ema[0])
+    named = {**experiment.content, "model": experiment.content["model"] | {"params": experiment.content["model"]["params"] | {"ckpt_path": str(path)}}}
+    assert leaves(compvis_state_dict(build(named, tmp_path).model.network)) == leaves(parts.unets[0])
+
+
 # First stages
 
 
@@ -420,163 +390,3 @@ def test_without_weights_the_perceptual_term_is_refused(pictures: Path, tmp_path
     content["model"]["params"]["lossconfig"]["params"] = {"disc_start": 5}
     with pytest.raises(InputError, match=f"{tmp_path}.*perceptual_weight=0"):
         build(content, tmp_path / "run")
-
-
-# Configurations and command line
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [("cin-ldm-vq-f8", [394_984_196]), ("cin-ldm-vq-f8-lite", [25_386_692]), ("cin-ldm-vq-f8-t-stitch", [25_386_692, 394_984_196])],
-)
-def test_the_published_configurations_have_the_published_sizes(name: str, sizes: list[int]) -> None:
-    config = read_model(read_yaml([ROOT / "ldm" / "configs" / f"{name}.yaml"]))
-    with torch.device("meta"):
-        unets = [build_ldm_unet(params) for params in config.unets]
-        first_stage = build_ldm_first_stage(config.first_stage.params, config.first_stage.kind)
-    assert [sum(p.numel() for p in unet.parameters()) for unet in unets] == sizes
-    assert [unet.config.cross_attention_dim for unet in unets] == [table["embed_dim"] for table in config.embedders]
-    assert round(sum(p.numel() for p in first_stage.parameters()) / 1e6, 1) == 67.7
-    assert (config.num_classes, config.latent_shape, config.base_learning_rate) == (1000, (4, 32, 32), 1e-6)
-    assert config.betas == {"linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 1000}
-
-
-@pytest.mark.parametrize("kind", ["vq", "kl"])
-def test_the_emoji_first_stages_halve_twice(kind: str) -> None:
-    config = read_autoencoder(read_yaml([ROOT / "ldm" / "configs" / f"emoji-{kind}.yaml"]))
-    model = build_ldm_first_stage(config.params, config.kind).eval()
-    encoded = model.encode(torch.zeros(1, 3, 64, 64))
-    assert (encoded.latents if kind == "vq" else encoded.latent_dist.mean).shape[2:] == (16, 16)
-
-
-@pytest.mark.parametrize(
-    ("kind", "override", "named"),
-    [
-        ("unet", "model.params.no_such=1", "no_such"), ("unet", "model.no_such=1", "no_such"), ("unet", "no_such.x=1", "no_such"),
-        ("unet", "data.params.no_such=1", "no_such"), ("unet", "data.params.train.no_such=1", "no_such"), ("unet", "lightning.no_such=1", "no_such"),
-        ("unet", "lightning.callbacks.no_such.x=1", "no_such"), ("unet", "lightning.callbacks.image_logger.no_such=1", "no_such"),
-        ("unet", "lightning.modelcheckpoint.params.no_such=1", "no_such"), ("unet", "lightning.trainer.no_such=1", "no_such"),
-        ("unet", "model.params.scheduler_config.params.no_such=1", "no_such"), ("unet", "model.params.scheduler_config.target=no_such", "no_such"),
-        ("unet", "model.params.cond_stage_config.params.no_such=1", "no_such"), ("unet", "model.params.monitor=no_such", "no_such"),
-        ("unet", "model.params.ignore_keys=[no_such]", "ignore_keys"), ("unet", "data.params.batch_size=0", "batch_size"),
-        ("unet", "data.params.train.features=no_such", "no_such"), ("unet", "model.params.image_size=16", "image_size"),
-        ("unet", "lightning.trainer.strategy=fsdp", "fsdp"), ("unet", "lightning.trainer.precision=no_such", "no_such"), ("unet", "no_such", "no_such"),
-        ("unet", "model.params.cond_stage_config.params.embed_dim=16", "context_dim is 8, .* 16"),
-        ("unet", "model.params.unet_config.params.in_channels=3", "in_channels is 3, .* 4"),
-        ("unet", "model.params.unet_config.params.num_classes=3", "num_classes"), ("unet", "model.params.unet_config.params.image_size=null", "image_size"),
-        ("unet", "model.params.cond_stage_config.params.n_classes=3", "train has 3 classes, the class embedder 2"),
-        ("unet", "lightning.callbacks.image_logger.batch_frequency=0", "batch_frequency"), ("unet", "--seed=-1", "seed"),
-        ("unet", "model.params.snr_gamma=5 model.params.l_simple_weight=0.5", "l_simple_weight"),
-        ("unet", "model.params.snr_gamma=5 model.params.original_elbo_weight=0.1", "original_elbo_weight"),
-        ("unet", "model.params.snr_gamma=5 model.params.learn_logvar=true", "learn_logvar"),
-        ("unet", "--resume=x -t false", "-t false"), ("unet", "--export=x", "--export"),
-        ("unet", "--resume=x --init-from=y", "--init-from"),
-        ("vq", "model.params.no_such=1", "no_such"), ("vq", "model.params.lossconfig.params.no_such=1", "no_such"),
-        ("vq", "model.params.lossconfig.params.disc_loss=vanilla", "disc_loss"), ("vq", "model.params.lossconfig.target=no_such", "no_such"),
-        ("vq", "data.params.train.image_size=16", "resolution"), ("vq", "data.params.train.features=x", "pictures"),
-        ("kl", "model.params.lossconfig.params.codebook_weight=1", "codebook_weight"), ("kl", "model.params.lossconfig.params.disc_num_layers=4", "disc_num"),
-    ],
-)  # fmt: skip
-def test_what_is_unknown_or_does_not_fit_is_refused_by_its_name(kind: str, override: str, named: str, features: Path, pictures: Path, tmp_path: Path) -> None:
-    content = unet_run(features) if kind == "unet" else first_stage_run(pictures, kind)
-    with pytest.raises(InputError, match=named):
-        where = [] if "--resume" in override else ["--run-dir", str(tmp_path / "run")]
-        script.main(["--base", saved(tmp_path / "run.yaml", content), *override.split(), *where])
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_lightning_refuses_is_one_sentence_and_what_our_code_raises_is_a_defect(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="Lightning refused the run: .*val_check_interval"):
-        build(unet_run(features, val_check_interval=99), tmp_path).fit(None)
-    monkeypatch.setattr(LatentDiffusion, "training_step", lambda *args: int("no number"))
-    with pytest.raises(ValueError, match="no number") as caught:
-        build(unet_run(features), tmp_path).fit(None)
-    assert not isinstance(caught.value, InputError)
-
-
-def test_validation_data_may_not_have_more_classes_than_the_embedder(features: Path, tmp_path: Path) -> None:
-    write_features(tmp_path / "few", np.zeros((4, 1, 8, 8, 8)), np.zeros(4), num_classes=1, vae="none", scaling_factor=1.0)
-    content = unet_run(features)
-    content["data"]["params"]["train"] = {"features": str(tmp_path / "few")}
-    content["model"]["params"]["cond_stage_config"]["params"] |= {"n_classes": 2}
-    with pytest.raises(InputError, match="validation has 3 classes, the class embedder 1"):
-        build(content, tmp_path / "run")
-
-
-def test_trainer_flags_are_numbers_where_they_look_like_one(capsys: pytest.CaptureFixture) -> None:
-    values = {"1e4": 10_000, "1e-1": 0.1, "0.5": 0.5, "8": 8, "0,1": "0,1", "true": True, "00:01:00:00": "00:01:00:00", "bf16-mixed": "bf16-mixed"}
-    assert {text: script.trainer_value(text) for text in values} == values
-    with pytest.raises(SystemExit):
-        script.parse_args(["-b", "x", "--precision", "["])
-    assert "argument --precision" in capsys.readouterr().err
-
-
-def test_overrides_may_stand_anywhere_and_files_merge_from_left_to_right(tmp_path: Path) -> None:
-    files = [saved(tmp_path / f"{k}.yaml", {"model": {"a": k, f"b{k}": k}}) for k in range(2)]
-    for line in (["-t", "model.c=2", "-b", *files], ["-b", *files, "model.c=2", "-t"], ["-b", files[0], "-b", files[1], "-t", "true", "model.c=2"]):
-        args = script.parse_args(line)
-        assert args.train
-        assert read_yaml(args.base, args.overrides) == {"model": {"a": 1, "b0": 0, "b1": 1, "c": 2}}
-    assert not script.parse_args(["-b", *files, "-t", "False"]).train
-    assert script.parse_args(["-b", *files, "--max_steps", "1e4", "--max_time", "01:00:00:00", "--devices", "0,1"]).max_steps == 10_000
-    with pytest.raises(InputError, match="--project"):
-        script.parse_args(["-b", *files, "-p", "mine"])
-
-
-@pytest.mark.parametrize(
-    ("gpus", "expected"),
-    [
-        (0, {"accelerator": "cpu", "devices": 1}), (2, {"accelerator": "gpu", "devices": 2}), ("0,1", {"accelerator": "gpu", "devices": [0, 1]}),
-        ("3,", {"accelerator": "gpu", "devices": [3]}), (-1, {"accelerator": "gpu", "devices": -1}),
-    ],
-)  # fmt: skip
-def test_gpus_is_the_old_word_for_accelerator_and_devices(gpus: object, expected: dict[str, object]) -> None:
-    assert script.parse_args(["-b", "x", "--gpus", str(gpus)]).gpus == gpus
-    assert modern({"gpus": gpus}) == expected
-
-
-def test_help_lists_the_trainer_s_flags(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        script.parse_args(["--help"])
-    shown = capsys.readouterr().out
-    assert all(f"--{name} VALUE" in shown for name in script.TRAINER_FLAGS)
-
-
-def test_a_run_goes_on_as_it_was_begun_or_says_what_differs(trained: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    experiment = trained[0]
-    again = ["-b", str(experiment.folder / "config.yaml"), "-t", "--run-dir", str(experiment.folder)]
-    before = (experiment.folder / "log.jsonl").read_text()
-    script.main(again)
-    assert "finished at step 7" in capsys.readouterr().out
-    assert (experiment.folder / "log.jsonl").read_text() == before
-    with pytest.raises(InputError, match=r"model\.params\.snr_gamma=None, run\.seed=23"):
-        script.main([*again, "model.params.snr_gamma=5.0", "--seed", "3", "--max_steps", "9"])
-    with pytest.raises(InputError, match=r"run\.init_from=None"):
-        script.main([*again, "--init-from", "other.ckpt"])
-    with pytest.raises(InputError, match="step 7 already"):
-        script.main(["--resume", str(experiment.folder), "--max_steps", "5"])
-    script.main(["--resume", str(experiment.folder), "--max_steps", "8", "lightning.modelcheckpoint.params.every_n_train_steps=100"])
-    assert last(experiment.folder)["global_step"] == 8
-    with pytest.raises(InputError, match="no checkpoints/last.ckpt"):
-        script.main(["--resume", str(tmp_path)])
-    damaged = tmp_path / "checkpoints" / "last.ckpt"
-    damaged.parent.mkdir()
-    damaged.write_bytes((experiment.folder / "checkpoints" / "last.ckpt").read_bytes()[:1000])
-    saved(tmp_path / "config.yaml", dict(experiment.content))
-    with pytest.raises(InputError, match=f"{damaged} is damaged"):
-        script.main(["--resume", str(tmp_path)])
-
-
-def test_a_run_begins_with_the_weights_that_it_is_given(trained: tuple, tmp_path: Path) -> None:
-    experiment = trained[0]
-    path = experiment.folder / "checkpoints" / "last.ckpt"
-    parts, begun = read_ldm(path), build(dict(experiment.content), tmp_path, init_from=path).model
-    assert leaves(compvis_state_dict(begun.network)) == leaves(parts.unets[0])
-    assert leaves(compvis_state_dict(begun.average)) == leaves(parts.ema[0])
-    named = {**experiment.content, "model": experiment.content["model"] | {"params": experiment.content["model"]["params"] | {"ckpt_path": str(path)}}}
-    assert leaves(compvis_state_dict(build(named, tmp_path).model.network)) == leaves(parts.unets[0])
-
-
-def test_no_arguments_at_all_get_one_sentence() -> None:
-    with pytest.raises(InputError, match="no configuration; pass --base"):
-        script.main([])

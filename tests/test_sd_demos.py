@@ -303,7 +303,7 @@ def test_poses_are_followed_where_controlnet_aux_is_installed(models: Path, tmp_
     grid = picture(tmp_path / "out", "grid.png")
     assert (grid == [255, 0, 0]).all(axis=-1).sum() == 128 * 128  # the map is a column of the grid
     assert refusal(lambda: sdxl_pose.main([*controlled(models), "--detector", "nowhere"])) == "could not load the pose detector nowhere (no such weights); " \
-        "pass its folder, or connect to the hub"  # fmt: skip
+        "pass its folder, or another model of the hub"  # fmt: skip
     monkeypatch.delitem(sys.modules, "controlnet_aux")
 
 

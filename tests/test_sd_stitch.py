@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from itertools import chain
-from pathlib import Path
+from collections.abc import Callable
 
 import diffusers
 import numpy as np
@@ -25,51 +23,32 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from sd_tiny import BETAS, save_tiny_pair, tiny_controlnet, tiny_lcm, tiny_sd, tiny_sd_controlnet, tiny_sdxl, tiny_sdxl_controlnet, tiny_unet, tiny_vae
+from sd_tiny import (
+    BETAS,
+    PICTURE,
+    draw,
+    small_sd,
+    small_xl,
+    tiny_controlnet,
+    tiny_lcm,
+    tiny_sd,
+    tiny_sd_controlnet,
+    tiny_sdxl,
+    tiny_sdxl_controlnet,
+    tiny_unet,
+    tiny_vae,
+)
 from torch import Tensor, nn
 
-from sd import tstitch_sd_utils
-from sd.offload import Switch
-from sd.stitched_unet import small_folders, steps_of_calls
-from sd.tstitch_sd_utils import (
-    get_tstitch_pipepline,
-    get_tstitch_pipepline_sdxl,
-    get_tstitch_pipepline_sdxl_controlnet,
-    get_tstitch_pipepline_sdxl_lcm_lora,
-    stitch,
-    stitched_unet,
-    unstitch,
-)
+from sd.stitched_unet import steps_of_calls
+from sd.tstitch_sd_utils import stitch, stitched_unet, unstitch
 from tstitch.errors import InputError
-from tstitch.presets import ROOT
 from tstitch.schedule import Leg, StitchSchedule
 
 TRAINED = BETAS | {"steps_offset": 1}
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 MASK = Image.fromarray(np.where(np.arange(32) < 16, 255, 0)[None].repeat(32, 0).astype(np.uint8))
-
-
-def draw(pipe: DiffusionPipeline, prompt: str | list[str] = "a red dog", steps: int = 6, seed: int = 0, **kwargs: object) -> Tensor:
-    """Latents of one call, from a fresh generator."""
-    return pipe(prompt, num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), output_type="latent", **kwargs).images
-
-
-def small_sd(**config: object) -> UNet2DConditionModel:
-    return tiny_unet(1, width=8, **config)
-
-
-def small_xl(**config: object) -> UNet2DConditionModel:
-    return tiny_unet(1, width=8, xl=True, **config)
-
-
-@pytest.fixture
-def pipe() -> DiffusionPipeline:
-    return stitch(tiny_sd(), small_sd())
 
 
 def record(unet: nn.Module) -> list[float]:
@@ -410,147 +389,6 @@ def test_a_batch_of_prompts_with_a_generator_each_gives_the_pictures_of_the_prom
     assert draw(pipe, num_images_per_prompt=2, unet_s_ratio=0.5).shape == (2, 4, 8, 8)
 
 
-# Where the weights lie
-
-
-class Accelerator:
-    """A pretended device: what is uploaded is a copy, known by its address, and every moment's bytes are kept."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.unets: list[nn.Module] = []
-        self.addresses: set[int] = set()
-        self.events: list[tuple[str, int, list[int]]] = []  # (what happened, to which U-Net, bytes of each U-Net on the device)
-        monkeypatch.setattr(Switch, "moves", property(lambda _: True))
-        monkeypatch.setattr(Switch, "upload", self.upload)
-
-    def watch(self, pipe: DiffusionPipeline) -> None:
-        self.unets = list(pipe.unet.unets)
-        for k, unet in enumerate(self.unets):
-            unet.register_forward_pre_hook(lambda *_, k=k: self.events.append(("call", k, self.resident())))
-
-    def upload(self, host: Tensor) -> Tensor:
-        copied = host.clone()
-        self.addresses.add(copied.data_ptr())
-        owner = next(k for k, unet in enumerate(self.unets) for tensor in self.tensors(unet) if tensor.data_ptr() == host.data_ptr())
-        self.events.append(("upload", owner, [n + host.nbytes * (k == owner) for k, n in enumerate(self.resident())]))
-        return copied
-
-    def tensors(self, unet: nn.Module) -> Iterator[Tensor]:
-        return chain(unet.parameters(), unet.buffers())
-
-    def sizes(self) -> list[int]:
-        return [sum(tensor.nbytes for tensor in self.tensors(unet)) for unet in self.unets]
-
-    def resident(self) -> list[int]:
-        return [sum(tensor.nbytes for tensor in self.tensors(unet) if tensor.data_ptr() in self.addresses) for unet in self.unets]
-
-
-@pytest.mark.parametrize("ratio", [0, 0.5, 1])
-def test_offload_switch_holds_one_u_net_and_never_more_than_the_larger_one_would_take(monkeypatch, ratio):
-    plain = draw(stitch(tiny_sd(), small_sd()), unet_s_ratio=ratio)
-    accelerator = Accelerator(monkeypatch)
-    pipe = stitch(tiny_sd(), small_sd(), offload="switch")
-    accelerator.watch(pipe)
-    small, large = accelerator.sizes()
-    assert torch.equal(draw(pipe, unet_s_ratio=ratio), plain)
-    assert max(sum(resident) for _, _, resident in accelerator.events) <= large
-    for what, k, resident in accelerator.events:
-        assert what != "call" or resident[k] == accelerator.sizes()[k], "the running one is whole"
-    assert accelerator.resident() == [0, 0], "after the last step the decoder has all the room"
-    uploaded = {k for what, k, _ in accelerator.events if what == "upload"}
-    assert uploaded == {0: {1}, 1: {0}}.get(ratio, {0, 1}), "what no step needs stays where it is"
-    if 0 < ratio < 1:
-        first_call = next(resident for what, _, resident in accelerator.events if what == "call")
-        assert first_call[0] == small
-        assert 0.5 * (large - small) < first_call[1] <= large - small, "the large one is on its way while the small one works"
-        order = [(what, k) for what, k, _ in accelerator.events]
-        assert order.index(("upload", 1)) < order.index(("call", 0))
-    assert torch.equal(draw(pipe, unet_s_ratio=ratio), plain)
-
-
-def test_offload_switch_leaves_nothing_on_the_device_when_a_call_breaks_off(monkeypatch):
-    accelerator = Accelerator(monkeypatch)
-    pipe = stitch(tiny_sd(), small_sd(), offload="switch")
-    accelerator.watch(pipe)
-
-    def fail(_: DiffusionPipeline, step: int, *__: object) -> dict:
-        assert sum(accelerator.resident()) > 0
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        draw(pipe, unet_s_ratio=0.5, callback_on_step_end=fail)
-    assert accelerator.resident() == [0, 0]
-
-
-def test_offload_switch_follows_pipe_to_only_when_it_samples():
-    pipe = stitch(tiny_sd(), small_sd(), offload="switch")
-    pipe.unet.to("meta")
-    assert pipe.unet.device == torch.device("meta")
-    assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"cpu"}
-    pipe.to("cpu")
-    assert draw(pipe, unet_s_ratio=0.5).device.type == "cpu"
-    assert unstitch(pipe).unet.device.type == "cpu"
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_switching_gives_the_same_latents_and_leaves_no_u_net_there():
-    plain = draw(stitch(tiny_sd(), small_sd()).to("cuda"), unet_s_ratio=0.5)
-    pipe = stitch(tiny_sd(), small_sd(), offload="switch").to("cuda")
-    for _ in range(2):
-        torch.testing.assert_close(draw(pipe, unet_s_ratio=0.5), plain)
-        assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"cpu"}
-
-
-@pytest.mark.parametrize("offload", ["none", "switch"])
-@pytest.mark.parametrize("order", ["hooks first", "stitched first"])
-def test_results_do_not_depend_on_the_offload_mode(offload, order):
-    plain = draw(stitch(tiny_sd(), small_sd()), unet_s_ratio=0.5)
-    pipe = tiny_sd()
-    if order == "hooks first":
-        pipe.enable_model_cpu_offload(device="cpu")
-    stitch(pipe, small_sd(), offload=offload)
-    if order == "stitched first":
-        pipe.enable_model_cpu_offload(device="cpu")
-    for _ in range(2):
-        assert torch.equal(draw(pipe, unet_s_ratio=0.5), plain)
-    assert "_hf_hook" in vars(pipe.unet)
-    unstitch(pipe)
-    assert "_hf_hook" in vars(pipe.unet), "what was enabled stays enabled"
-    assert torch.equal(draw(pipe), draw(tiny_sd()))
-
-
-def test_a_pipeline_whose_weights_were_sent_away_is_refused():
-    pipe = tiny_sd()
-    with torch.device("meta"):
-        pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config)  # as enable_sequential_cpu_offload leaves it
-    with pytest.raises(InputError, match="stitch first, then offload"):
-        stitch(pipe, small_sd())
-
-
-@pytest.mark.parametrize("offload", ["none", "switch"])
-def test_the_memory_format_reaches_each_u_net(offload):
-    pipe = stitch(tiny_sd(), small_sd(), offload=offload)
-    pipe.unet.to(memory_format=torch.channels_last)
-    assert all(unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last) for unet in pipe.unet.unets)
-
-
-def test_an_unknown_offload_is_refused_before_anything_changes():
-    pipe = tiny_sd()
-    with pytest.raises(InputError, match="unknown offload 'swap'; choose from none, switch"):
-        stitch(pipe, small_sd(), offload="swap")
-    assert type(pipe) is StableDiffusionPipeline
-
-
-@pytest.mark.parametrize("offload", ["none", "switch"])
-def test_the_small_u_net_takes_the_number_type_of_the_large_one_and_both_follow_the_pipeline(offload):
-    pipe = stitch(tiny_sd().to(torch.bfloat16), small_sd(), offload=offload)
-    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.bfloat16}
-    assert draw(pipe, unet_s_ratio=0.5).dtype == torch.bfloat16
-    pipe.to(torch.float64)
-    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.float64}
-    assert draw(pipe, unet_s_ratio=0.5).dtype == torch.float64
-
-
 # What else is done to pipelines
 
 
@@ -567,100 +405,6 @@ def test_what_is_asked_of_the_u_net_is_asked_of_the_large_one(pipe):
         _ = pipe.unet.no_such_thing
     copied = copy.deepcopy(pipe)
     assert torch.equal(draw(copied, unet_s_ratio=0.5), draw(pipe, unet_s_ratio=0.5))
-
-
-def test_a_stitched_pipeline_is_saved_for_diffusers_and_for_us(pipe, tmp_path):
-    draw(pipe, unet_s_ratio=0.5)
-    pipe.save_pretrained(tmp_path / "pair")
-    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pair", safety_checker=None)
-    assert type(loaded) is StableDiffusionPipeline
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(draw(loaded), draw(pipe, unet_s_ratio=0))
-    ours = get_tstitch_pipepline(tmp_path / "pair", device="cpu")
-    ours.set_progress_bar_config(disable=True)
-    assert torch.equal(draw(ours, unet_s_ratio=0.5), draw(pipe, unet_s_ratio=0.5))
-
-
-def test_three_u_nets_are_saved_and_read_in_their_order(tmp_path):
-    pipe = stitch(tiny_sd(), [small_sd(), tiny_unet(2, width=12)])
-    pipe.save_pretrained(tmp_path)
-    loaded = get_tstitch_pipepline(tmp_path, device="cpu")
-    loaded.set_progress_bar_config(disable=True)
-    fractions = [0.5, 0.25, 0.25]
-    assert torch.equal(draw(loaded, unet_s_ratio=fractions), draw(pipe, unet_s_ratio=fractions))
-
-
-def test_a_saved_pipeline_has_the_small_u_nets_of_the_last_one_that_was_saved_there(tmp_path, monkeypatch):
-    stitch(tiny_sd(), [small_sd(), tiny_unet(2, width=12)]).save_pretrained(tmp_path / "pair")
-    stitch(tiny_sd(), small_sd()).save_pretrained(tmp_path / "pair")
-    for name in ("unet_small_old", "unet_small_10"):
-        (tmp_path / name).mkdir()
-    assert [path.name for path in small_folders(tmp_path / "pair")] == ["unet_small"]
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(get_tstitch_pipepline("~/pair", device="cpu").unet.unets) == 2
-
-
-def test_small_u_nets_are_read_in_the_order_of_their_numbers(tmp_path):
-    names = ["unet_small", *(f"unet_small_{k}" for k in range(2, 12))]
-    for name in [*names, "unet_small_old", "unet_smaller"]:
-        (tmp_path / name).mkdir()
-    assert [path.name for path in small_folders(tmp_path)] == names
-
-
-def lora(folder: Path, unet: UNet2DConditionModel, kind: type[DiffusionPipeline] = StableDiffusionPipeline) -> str:
-    """Write a random LoRA of a U-Net."""
-    peft = pytest.importorskip("peft")
-    adapted = copy.deepcopy(unet)
-    adapted.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
-    kind.save_lora_weights(folder, unet_lora_layers=peft.get_peft_model_state_dict(adapted))
-    return str(folder)
-
-
-def test_a_lora_goes_to_the_large_u_net_and_comes_off_again(pipe, tmp_path):
-    before = {ratio: draw(pipe, unet_s_ratio=ratio) for ratio in (0, 0.5, 1)}
-    pipe.load_lora_weights(lora(tmp_path, tiny_unet()), adapter_name="style")
-    with_lora = {ratio: draw(pipe, unet_s_ratio=ratio) for ratio in (0, 0.5, 1)}
-    assert not torch.equal(with_lora[0], before[0])
-    assert not torch.equal(with_lora[0.5], before[0.5])
-    assert torch.equal(with_lora[1], before[1])
-    unstitched = tiny_sd()
-    unstitched.load_lora_weights(str(tmp_path), adapter_name="style")
-    assert torch.equal(draw(unstitched), with_lora[0])
-    pipe.set_adapters(["style"], [0.5])
-    assert pipe.get_active_adapters() == ["style"]
-    half = draw(pipe, unet_s_ratio=0)
-    assert not torch.equal(half, with_lora[0])
-    assert torch.equal(half, draw(pipe, unet_s_ratio=0))
-    pipe.fuse_lora(components=["unet"])
-    torch.testing.assert_close(draw(pipe, unet_s_ratio=0), half, atol=1e-3, rtol=1e-3)
-    pipe.unfuse_lora(components=["unet"])
-    pipe.unload_lora_weights()
-    torch.testing.assert_close(draw(pipe, unet_s_ratio=0), before[0], atol=1e-4, rtol=1e-4)
-
-
-def test_an_ip_adapter_acts_on_the_steps_of_the_large_u_net(pipe):
-    before = {ratio: draw(pipe, unet_s_ratio=ratio) for ratio in (0, 1)}
-    generator = torch.Generator().manual_seed(0)
-    crossed = [name for name in pipe.unet.attn_processors if "attn2" in name]
-    widths = [pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features for name in crossed]
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) / 4
-
-    adapter = {
-        "image_proj": {"proj.weight": random(4 * 32, 24), "proj.bias": random(4 * 32), "norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)},
-        "ip_adapter": {f"{2 * k + 1}.{kind}.weight": random(width, 32) for k, width in enumerate(widths) for kind in ("to_k_ip", "to_v_ip")},
-    }
-    pipe.load_ip_adapter(adapter, subfolder="", weight_name="", image_encoder_folder=None)
-    picture = {"ip_adapter_image_embeds": [random(2, 1, 24)]}
-    with_adapter = {ratio: draw(pipe, unet_s_ratio=ratio, **picture) for ratio in (0, 0.5, 1)}
-    assert not torch.equal(with_adapter[0], before[0])
-    assert torch.equal(with_adapter[1], before[1])
-    unstitched = tiny_sd()
-    unstitched.load_ip_adapter(adapter, subfolder="", weight_name="", image_encoder_folder=None)
-    assert torch.equal(draw(unstitched, **picture), with_adapter[0])
-    pipe.unload_ip_adapter()
-    assert torch.equal(draw(pipe, unet_s_ratio=0), before[0])
 
 
 @pytest.mark.parametrize("how", ["the stitched module", "in place", pytest.param("each before stitching", marks=pytest.mark.slow)])
@@ -699,146 +443,3 @@ def test_stitching_again_replaces_the_small_u_net_and_unstitching_twice_is_unsti
         stitch(pipe, small_sd(cross_attention_dim=48))
     assert pipe.unet is stitched, "a refusal leaves the pipeline as it was"
     assert unstitch(unstitch(pipe)).unet is large
-
-
-# Loading
-
-
-def load(get: Callable, *args: object, **kwargs: object) -> DiffusionPipeline:
-    pipe = get(*args, device="cpu", **kwargs)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.parametrize(("get", "xl"), [(get_tstitch_pipepline, False), (get_tstitch_pipepline_sdxl, True)])
-def test_a_pair_of_local_folders_is_loaded_and_stitched(tmp_path, get, xl):
-    large, small = save_tiny_pair(tmp_path, xl=xl)
-    expected = draw(stitch((tiny_sdxl if xl else tiny_sd)(), tiny_unet(1, width=8, xl=xl)), unet_s_ratio=0.5)
-    assert torch.equal(draw(load(get, large, small), unet_s_ratio=0.5), expected)
-    assert torch.equal(draw(load(get, str(large), str(small / "unet")), unet_s_ratio=0.5), expected), "a folder of the U-Net alone"
-    assert torch.equal(draw(load(get, large, small, offload="model"), unet_s_ratio=0.5), expected)
-    assert load(get, large, small, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
-    without_variant = load(get, large, small, variant="fp16", offload="switch")
-    assert torch.equal(draw(without_variant, unet_s_ratio=0.5), expected), "a variant that a model lacks is done without"
-
-
-def test_the_bundled_emoji_pair_is_found_by_its_name(monkeypatch, tmp_path):
-    pair = stitch(tiny_sd(), small_sd())
-    monkeypatch.setattr(tstitch_sd_utils, "EMOJI", tmp_path)
-    with pytest.raises(InputError, match="no folder .*vae"):
-        get_tstitch_pipepline("emoji", device="cpu")
-    tiny_vae(7).save_pretrained(tmp_path / "vae")
-    pair.save_pretrained(tmp_path / "sd")
-    for file in (tmp_path / "sd" / "vae").iterdir():
-        file.unlink()
-    (tmp_path / "sd" / "vae").rmdir()
-    pipe = load(get_tstitch_pipepline, "emoji")
-    assert torch.equal(draw(pipe, unet_s_ratio=0.5), draw(pair, unet_s_ratio=0.5))
-    assert torch.equal(pipe.vae.decoder.conv_in.weight, tiny_vae(7).decoder.conv_in.weight)
-
-
-def test_a_controlnet_may_be_a_folder_or_a_model(tmp_path):
-    large, small = save_tiny_pair(tmp_path, xl=True)
-    tiny_unet(1, xl=True, transformer_layers_per_block=1).save_pretrained(small / "unet")
-    controlnet = tiny_controlnet(xl=True)
-    controlnet.save_pretrained(tmp_path / "controlnet")
-    from_model = load(get_tstitch_pipepline_sdxl_controlnet, large, small, controlnet=controlnet, vae=tiny_vae())
-    from_folder = load(get_tstitch_pipepline_sdxl_controlnet, large, small, controlnet=tmp_path / "controlnet")
-    latents = draw(from_model, image=PICTURE, unet_s_ratio=0.5)
-    assert torch.equal(latents, draw(from_folder, image=PICTURE, unet_s_ratio=0.5))
-    assert not torch.equal(latents, draw(from_model, image=PICTURE.rotate(90), unet_s_ratio=0.5))
-
-
-def test_each_u_net_gets_its_own_lcm_lora_and_the_pipeline_the_lcm_scheduler(tmp_path):
-    large, small = save_tiny_pair(tmp_path, xl=True)
-    plain = load(get_tstitch_pipepline_sdxl, large, small)
-    plain.scheduler = LCMScheduler.from_config(plain.scheduler.config)
-    loras = {
-        "large_lora": lora(tmp_path / "large-lora", tiny_unet(xl=True), StableDiffusionXLPipeline),
-        "small_lora": lora(tmp_path / "small-lora", small_xl(), StableDiffusionXLPipeline),
-    }
-    pipe = load(get_tstitch_pipepline_sdxl_lcm_lora, large, small, **loras)
-    assert isinstance(pipe.scheduler, LCMScheduler)
-    for ratio, part in ((0, "large"), (1, "small")):
-        latents = draw(pipe, steps=4, guidance_scale=0, unet_s_ratio=ratio)
-        assert not torch.equal(latents, draw(plain, steps=4, guidance_scale=0, unet_s_ratio=ratio))
-        alone = load(get_tstitch_pipepline_sdxl, large, small)
-        alone.scheduler = LCMScheduler.from_config(alone.scheduler.config)
-        if part == "small":
-            alone.unet.unets[0].load_lora_adapter(load_file(tmp_path / "small-lora" / "pytorch_lora_weights.safetensors"), prefix="unet")
-        else:
-            alone.load_lora_weights(loras["large_lora"])
-        torch.testing.assert_close(latents, draw(alone, steps=4, guidance_scale=0, unet_s_ratio=ratio), atol=1e-3, rtol=1e-3)
-    assert not [name for name, _ in pipe.unet.named_parameters() if "lora" in name], "merged"
-
-
-def test_a_lora_that_a_u_net_cannot_take_is_refused(tmp_path):
-    large, small = save_tiny_pair(tmp_path, xl=True)
-    loras = {
-        "large_lora": lora(tmp_path / "large-lora", tiny_unet(xl=True), StableDiffusionXLPipeline),
-        "small_lora": lora(tmp_path / "small-lora", small_xl(), StableDiffusionXLPipeline),
-    }
-    with pytest.raises(InputError, match="could not load the LoRA .*large-lora"):  # of other widths
-        get_tstitch_pipepline_sdxl_lcm_lora(large, small, **loras | {"small_lora": loras["large_lora"]}, device="cpu")
-    (tmp_path / "words").mkdir()
-    weights = {name.replace("unet.", "text_encoder.", 1): value for name, value in load_file(tmp_path / "small-lora/pytorch_lora_weights.safetensors").items()}
-    save_file(weights, tmp_path / "words/pytorch_lora_weights.safetensors")
-    with pytest.raises(InputError, match="words has no weights for a U-Net"):
-        get_tstitch_pipepline_sdxl_lcm_lora(large, small, **loras | {"small_lora": tmp_path / "words"}, device="cpu")
-    with pytest.raises(InputError, match="2 small U-Nets; pass one"):
-        get_tstitch_pipepline_sdxl_lcm_lora(large, [small, small], **loras, device="cpu")
-
-
-def test_models_of_the_other_family_are_sent_to_the_right_script(tmp_path):
-    large, small = save_tiny_pair(tmp_path)
-    with pytest.raises(InputError, match="is a StableDiffusionPipeline, not a StableDiffusionXLPipeline; use sd/sd_demo.py"):
-        get_tstitch_pipepline_sdxl(large, small, device="cpu")
-
-
-def test_a_truncated_text_encoder_is_one_sentence(tmp_path):
-    large, small = save_tiny_pair(tmp_path)
-    file = large / "text_encoder" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(InputError, match="could not load .*large"):
-        get_tstitch_pipepline(large, small, device="cpu")
-
-
-def test_the_correct_spelling_is_the_same_function():
-    for name in ("", "_sdxl", "_sdxl_lcm_lora", "_sdxl_controlnet"):
-        assert getattr(tstitch_sd_utils, f"get_tstitch_pipeline{name}") is getattr(tstitch_sd_utils, f"get_tstitch_pipepline{name}")
-
-
-def test_models_that_are_not_to_be_had_are_one_sentence(monkeypatch, tmp_path):
-    large, small = save_tiny_pair(tmp_path)
-    with pytest.raises(InputError, match="no folder .*nowhere; pass a folder in diffusers format, or a hub name"):
-        get_tstitch_pipepline(tmp_path / "nowhere", small, device="cpu")
-    with pytest.raises(InputError, match=r"no folder \./nowhere"):
-        get_tstitch_pipepline(large, "./nowhere", device="cpu")
-    with pytest.raises(InputError, match=f"could not load {small}"):
-        get_tstitch_pipepline(small, small, device="cpu")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"could not load t-stitch/no-such-model .*; pass a folder in diffusers format, or connect to the hub"):
-        get_tstitch_pipepline("t-stitch/no-such-model", small, device="cpu", cache_dir=tmp_path / "cache")
-    with pytest.raises(InputError, match="could not load t-stitch/no-such-small"):
-        get_tstitch_pipepline(large, "t-stitch/no-such-small", device="cpu", cache_dir=tmp_path / "cache")
-    with pytest.raises(InputError, match="unknown offload 'disk'; choose from none, switch, model"):
-        get_tstitch_pipepline(large, small, device="cpu", offload="disk")
-    with pytest.raises(InputError, match="device 'warp' is not available"):
-        get_tstitch_pipepline(large, small, device="warp")
-    with pytest.raises(TypeError, match="no argument 'no_such_word'"):
-        get_tstitch_pipepline(large, small, device="cpu", no_such_word=1)
-
-
-def test_a_small_model_of_another_training_is_refused_where_its_folder_says_so(tmp_path):
-    large, small = save_tiny_pair(tmp_path)
-    DDIMScheduler(**TRAINED, prediction_type="v_prediction").save_pretrained(small / "scheduler")
-    with pytest.raises(InputError, match="prediction_type is epsilon in the large one and v_prediction in the small one"):
-        get_tstitch_pipepline(large, small, device="cpu")
-
-
-def test_a_pipeline_without_an_autoencoder_says_so_and_takes_one() -> None:
-    pair, vae = ROOT / "pretrained_models" / "emoji" / "sd", ROOT / "pretrained_models" / "emoji" / "vae"
-    with pytest.raises(InputError, match="has no autoencoder"):
-        get_tstitch_pipepline(pair, pair / "unet_small", device="cpu")
-    pipe = get_tstitch_pipepline(pair, pair, vae=vae, device="cpu")
-    assert stitched_unet(pipe).large is pipe.unet.large and len(pipe.unet.unets) == 2

@@ -374,3 +374,15 @@ def test_two_users_at_once_get_their_own_pictures(browser: Browser, address: str
 def test_an_example_fills_the_controls(browser: Browser) -> None:
     browser.click(".gallery-item", EVERY_CLASS)
     browser.until(lambda: browser.read(".subject input", "value") == [EVERY_CLASS])
+
+
+@pytest.mark.parametrize(("width", "beside"), [(800, True), (390, False)], ids=["tablet", "telephone"])
+def test_a_narrow_window_cuts_nothing_off(browser: Browser, width: int, beside: bool) -> None:
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": not beside})
+    try:
+        corners = "return ['.controls', '.results'].map(name => document.querySelector(name).getBoundingClientRect()).map(b => [b.left, b.top, b.right])"
+        browser.until(lambda: browser.driver.execute_script("return document.documentElement.scrollWidth") <= width)
+        (_, top, right), (left, other_top, end) = browser.driver.execute_script(corners)
+        assert end <= width and (left >= right if beside else other_top > top)
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

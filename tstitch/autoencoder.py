@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tstitch.checkpoints import first_line
 from tstitch.errors import InputError
 from tstitch.torchvision_compat import prepare_torchvision
 
@@ -55,7 +55,7 @@ class _Identity(nn.Module):
         return SimpleNamespace(sample=z)
 
 
-def _load(source: str | AutoencoderFile, dtype: torch.dtype) -> nn.Module:
+def _load(source: str | AutoencoderFile, dtype: torch.dtype) -> Any:  # noqa: ANN401  (AutoencoderKL, VQModel and _Identity share no type)
     if source == PIXELS:
         return _Identity()
     if isinstance(source, AutoencoderFile):
@@ -63,13 +63,13 @@ def _load(source: str | AutoencoderFile, dtype: torch.dtype) -> nn.Module:
     prepare_torchvision()  # diffusers imports it where it is installed
     from diffusers import AutoencoderKL  # seconds to import, so only where pictures are made
 
+    from tstitch.hub import from_hub
+
     local = Path(source)
     if not local.is_dir() and (local.is_absolute() or local.parts[:1] == ("pretrained_models",)):
         raise InputError(f"no autoencoder at {source}; restore that folder or pass another with --vae")
-    try:
+    with from_hub(source, "the autoencoder", "its folder with --vae"):
         return AutoencoderKL.from_pretrained(source, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise InputError(f"could not load the autoencoder {source} ({first_line(error)}); pass its folder with --vae, or connect to the hub") from None
 
 
 class Autoencoder:
@@ -87,7 +87,7 @@ class Autoencoder:
         self.source = NAMED_VAES.get(str(source), str(source))
         if self.source == PIXELS:
             dtype = torch.float32  # half precision would blur the 256 levels
-        self.vae: nn.Module = _load(source if isinstance(source, AutoencoderFile) else self.source, dtype).to(device).eval().requires_grad_(False)
+        self.vae = _load(source if isinstance(source, AutoencoderFile) else self.source, dtype).to(device).eval().requires_grad_(False)
         self.vae.to(memory_format=torch.channels_last)  # what convolutions read fastest, on CPUs and GPUs
         self.scaling_factor: float = self.vae.config.scaling_factor
         self.downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)  # pixels per latent in each direction

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 
 from tstitch.autoencoder import Autoencoder
-from tstitch.cli import SamplingPlan
+from tstitch.cli import OUTPUT, Load, SamplingPlan, help_group
 from tstitch.errors import InputError
 from tstitch.files import check_folder, write_json
-from tstitch.guidance import Denoiser
 from tstitch.presets import DenoiserFile
 from tstitch.results import markdown_table, quality_by_schedule, run_record
 from tstitch.schedule import StitchSchedule
@@ -52,7 +51,9 @@ def add_budget_args(parser: argparse.ArgumentParser, backbone: str) -> None:
     group.add_argument("--latency", type=float, metavar="SECONDS", help="the best schedule within so many seconds a picture, --num-images made together")
     group.add_argument("--speed-up", type=float, metavar="X", help="at least X times as fast as the largest model alone: the best such schedule")
     group.add_argument("--max-loss", type=float, metavar="PERCENT", help="at most so much worse than the largest model alone: the fastest such schedule")
-    group.add_argument("--out", type=Path, default=Path(f"results/tune_{backbone}.json"), help="file to write: every schedule and the chosen one")
+    output = help_group(parser, OUTPUT)
+    output.add_argument("--out", type=Path, default=Path(f"results/tune_{backbone}.json"), help="file to write: every schedule and the chosen one")
+    parser.set_defaults(num_images=1)
 
 
 def check_budget(args: argparse.Namespace) -> None:
@@ -72,12 +73,13 @@ def check_budget(args: argparse.Namespace) -> None:
 def front(options: Sequence[Option]) -> list[Option]:
     """Those that no other option beats in both seconds and quality, fastest first; options of unknown quality are all on it."""
     by_seconds = sorted(options, key=lambda option: option.seconds)
-    if any(option.quality is None for option in options):
-        return by_seconds
-    kept: list[Option] = []
+    kept, best = [], math.inf
     for option in by_seconds:
-        if not kept or option.quality < kept[-1].quality:
+        if option.quality is None:
+            return by_seconds
+        if option.quality < best:
             kept.append(option)
+            best = option.quality
     return kept
 
 
@@ -93,7 +95,8 @@ def choose(options: Sequence[Option], *, latency: float | None = None, speed_up:
     Raises:
         InputError: if no option fits, or the quality is to be judged and was not measured.
     """
-    if max_loss is not None and any(option.quality is None for option in options):
+    measured = [(option.quality, option) for option in options if option.quality is not None]
+    if max_loss is not None and len(measured) < len(options):
         raise InputError("no quality was measured with these weights and settings, so a loss cannot be judged; pass --latency or --speed-up")
     fast = [o for o in options if (latency is None or o.seconds <= latency) and (speed_up is None or o.speed_up >= speed_up)]
     if not fast:
@@ -102,31 +105,31 @@ def choose(options: Sequence[Option], *, latency: float | None = None, speed_up:
             f"no schedule is fast enough: the fastest, {fastest.name}, takes {fastest.seconds:.3g} s a picture here, "
             f"{fastest.speed_up:.2f} times as fast as the largest model; ask for no more"
         )
+    judged = [(quality, option) for quality, option in measured if option in fast]
     if max_loss is not None:
-        good = [o for o in fast if o.quality <= (1 + max_loss) * options[0].quality]
+        alone, _ = measured[0]
+        good = [option for quality, option in judged if quality <= (1 + max_loss) * alone]
         if not good:
-            best = min(fast, key=lambda option: option.quality)
-            loss = 100 * (best.quality / options[0].quality - 1)
+            quality, best = min(judged, key=lambda pair: pair[0])
+            loss = 100 * (quality / alone - 1)
             raise InputError(f"of the schedules that are fast enough the best, {best.name}, is {loss:+.1f} % from the largest model; allow as much")
         return min(good, key=lambda option: option.seconds)
-    if any(option.quality is None for option in fast):
+    if len(judged) < len(fast):
         return max(fast, key=lambda option: (option.largest, option.seconds))
-    return min(fast, key=lambda option: (option.quality, option.seconds))
+    return min(judged, key=lambda pair: (pair[0], pair[1].seconds))[1]
 
 
-def measure_options(
-    plan: SamplingPlan, denoisers: Sequence[Denoiser], files: Sequence[DenoiserFile], schedules: Sequence[StitchSchedule]
-) -> tuple[list[Option], Path | None]:
+def measure_options(plan: SamplingPlan, files: Sequence[DenoiserFile], schedules: Sequence[StitchSchedule], load: Load) -> tuple[list[Option], Path | None]:
     """Every schedule with its seconds and quality, and where the quality comes from; the first schedule is the largest model alone.
 
     Raises:
         InputError: if a method chooses its own steps, so that nobody knows its cost beforehand.
     """
-    autoencoder = Autoencoder(plan.vae, plan.device)
-    x, y = plan.noise.latents(denoisers[0].latent_shape, plan.device), plan.labels.to(plan.device)
-    evaluations = [plan.walker.work([schedule], len(denoisers)) for schedule in schedules]
-    if None in evaluations:
+    evaluations = [counts for schedule in schedules if (counts := plan.walker.work([schedule], len(files))) is not None]
+    if len(evaluations) < len(schedules):
         raise InputError("this method chooses its own steps, so that its cost is not known beforehand; choose one with fixed steps: --sampling-method heun2")
+    denoisers, autoencoder = load(plan, files), Autoencoder(plan.vae, plan.device)
+    x, y = plan.noise.latents(denoisers[0].latent_shape, plan.device), plan.labels.to(plan.device)
     each = evaluation_seconds(plan, denoisers, x, y)
     (decode,) = measure_seconds([lambda: autoencoder.decode(x)], plan.device)
     source, quality = quality_by_schedule(plan.preset.results, plan.settings, run_record(plan, files)["weights"])
@@ -142,16 +145,15 @@ def measure_options(
 
 
 @torch.no_grad()
-def tune(
-    args: argparse.Namespace, plan: SamplingPlan, denoisers: Sequence[Denoiser], files: Sequence[DenoiserFile], schedules: Sequence[StitchSchedule]
-) -> None:
+def tune(args: argparse.Namespace, plan: SamplingPlan, files: Sequence[DenoiserFile], schedules: Sequence[StitchSchedule], load: Load) -> None:
     """Measure, choose, print the front, write --out.
 
     Args:
         args: what `add_budget_args` asked for.
         schedules: those to choose from; the first is the largest model alone.
+        load: called as load(plan, files), gives the denoisers.
     """
-    options, source = measure_options(plan, denoisers, files, schedules)
+    options, source = measure_options(plan, files, schedules, load)
     loss = None if args.max_loss is None else args.max_loss / 100
     chosen = choose(options, latency=args.latency, speed_up=args.speed_up, max_loss=loss)
     cells = [

@@ -6,10 +6,10 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from tstitch.autoencoder import NAMED_VAES, PIXELS, Source
 from tstitch.diffusion import create_diffusion
 from tstitch.errors import InputError
-from tstitch.guidance import ClassifierFreeGuidance
+from tstitch.guidance import ClassifierFreeGuidance, SizedDenoiser
 from tstitch.noise import SampleNoise
 from tstitch.presets import PRESETS, RECIPES, DenoiserFile, Preset, Recipe, get_preset, get_recipe
 from tstitch.schedule import RULES, StitchSchedule, two_way_ratios
@@ -38,6 +38,18 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
     """Make a parser whose description is the script's docstring; abbreviated flags are errors, not guesses."""
     return argparse.ArgumentParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+
+
+def help_group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The group of that title in --help, where several functions put their flags; it begins where it is first asked for."""
+    return next((group for group in parser._action_groups if group.title == title), None) or parser.add_argument_group(title)
+
+
+# Titles of the groups in which --help shows flags, where several scripts have them: samplers', trainers', everyone's.
+MODELS, STITCHING, OUTPUT = "models", "stitching", "output"
+SAMPLED, SAMPLING = "what is sampled (defaults come from the preset)", "sampling (defaults come from the preset)"
+DATA, MODEL, OPTIMIZATION, LOGGING = "data", "model", "optimization", "logging and checkpoints"
+MACHINE = "machine"
 
 
 def positive_int(text: str) -> int:
@@ -63,7 +75,7 @@ class YesNo(argparse.BooleanOptionalAction):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:  # noqa: ANN401
         """Store the word's own value, or the one behind it."""
-        says_no = option_string.startswith("--no-")
+        says_no = (option_string or "").startswith("--no-")  # argparse has none for positional arguments alone
         if says_no and values is not None:
             parser.error(f"argument {option_string} takes no value")
         setattr(namespace, self.dest, not says_no if values is None else values)
@@ -117,7 +129,7 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, dif
         diffusion: add the words of diffusion models, --recipe and --solver; a backbone of another kind brings its own.
     """
     labels_help = "classes 0..num_classes-1, which repeat (default: drawn from each picture's seed)" if fid else "one class for each picture, 0..num_classes-1"
-    group = parser.add_argument_group("sampling (defaults come from the preset)")
+    group = help_group(parser, SAMPLED)
     group.add_argument("--preset", metavar="NAME", help=f"model set: {', '.join(PRESETS)} (default: imagenet of --image-size)")
     if diffusion:
         group.add_argument("--recipe", metavar="NAME", help=f"how a published number was made, for the defaults of all that follows: {', '.join(RECIPES)}")
@@ -127,7 +139,9 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, dif
     if fid:
         group.add_argument("--num-fid-samples", dest="num_images", type=positive_int, metavar="N", help="pictures of each schedule (default: 50000)")
     else:
-        group.add_argument("--num-images", type=int, help="how many pictures; the labels repeat (default: one for each label)")
+        group.add_argument("--num-images", type=int, metavar="N", help="how many pictures; the labels repeat (default: one for each label)")
+    group.add_argument("--global-seed" if fid else "--seed", dest="seed", type=int, default=0, metavar="SEED", help="picture i is made from seed + i alone")
+    group = help_group(parser, SAMPLING)
     if diffusion:
         group.add_argument("--num-sampling-steps", type=int, metavar="N", help="solver steps, 1..1000 (a single one is taken at t = 0, as published)")
         group.add_argument("--solver", metavar="NAME", help=f"one of {', '.join(SOLVERS)} (default: ddim; ddpm in dit/sample_ddp.py)")
@@ -135,20 +149,28 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, dif
         group.add_argument("--num-sampling-steps", type=int, metavar="N", help="solver steps, 1..1000; of a flow the times on its grid, 2..1000")
     group.add_argument("--cfg-scale", type=float, help="uncond + scale * (cond - uncond); 1 turns guidance off")
     group.add_argument("--cfg-channels", metavar="N|all", help="how many latent channels are guided; published DiT samples guide 3 of 4")
-    group.add_argument("--global-seed" if fid else "--seed", dest="seed", type=int, default=0, metavar="SEED", help="picture i is made from seed + i alone")
+    group.add_argument("--vae", help="mse or ema (the Stable Diffusion autoencoders), a folder in diffusers format, a hub name, or none for models of pixels")
+    group = help_group(parser, MACHINE)
+    measured = " (default: those that are walked together)" if fid else " (default: what is fastest, measured while sampling)" if diffusion else ""
     group.add_argument(
         "--max-batch", type=positive_int, default=None if diffusion else UNMEASURED, metavar="N",
-        help="most pictures in one denoiser call, before guidance doubles them" + (" (default: what is fastest, measured while sampling)" if diffusion else ""),
+        help=f"most pictures in one denoiser call, before guidance doubles them{measured}",
     )  # fmt: skip
-    group.add_argument("--vae", help="mse or ema (the Stable Diffusion autoencoders), a folder in diffusers format, a hub name, or none for models of pixels")
     group.add_argument("--dtype", choices=DTYPES, default="fp32", help="number type of the denoisers' weights")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument("--compile", action="store_true", help="torch.compile the denoisers: a minute for each, once")
 
 
+def add_dry_run_arg(parser: argparse.ArgumentParser) -> None:
+    """Add --dry-run, which `tstitch.dry_run` answers."""
+    help_group(parser, MACHINE).add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, its FLOPs, time here (uncompiled), memory and disk; write nothing"
+    )
+
+
 def add_ratio_args(parser: argparse.ArgumentParser) -> None:
     """Add which schedules a stitching script compares; `choose_ratios` reads them."""
-    stitch = parser.add_argument_group("stitching").add_mutually_exclusive_group()
+    stitch = help_group(parser, STITCHING).add_mutually_exclusive_group()
     stitch.add_argument("--ratio", type=float, default=0.5, help="the small model's share of the steps, 0..1")
     stitch.add_argument("--all_tradeoffs", action="store_true", help="ratios 0.0, 0.1, ..., 1.0")
     stitch.add_argument("--three_combo", type=float, nargs=3, metavar=("SMALL", "BASE", "LARGE"), help="shares of three models, sum 1")
@@ -163,13 +185,15 @@ def choose_ratios(args: argparse.Namespace) -> list[StitchSchedule]:
 
 def add_switch_arg(parser: argparse.ArgumentParser) -> None:
     """Add the rule that cuts a trajectory of training timesteps."""
-    parser.add_argument("--switch-by", choices=RULES[:2], default="step", help="share of the steps, or of the training timesteps (the published DiT rule)")
+    help_group(parser, STITCHING).add_argument(
+        "--switch-by", choices=RULES[:2], default="step", help="share of the steps, or of the training timesteps (the published DiT rule)"
+    )
 
 
 def add_weights_args(parser: argparse.ArgumentParser) -> None:
     """Add the weights of every stitching script; `stitched_files` reads them."""
     for flag, size in (("s", "small"), ("b", "base"), ("xl", "large")):
-        parser.add_argument(f"--{flag}_ckpt", type=Path, help=f"weights of the {size} model (default: the preset's)")
+        help_group(parser, MODELS).add_argument(f"--{flag}_ckpt", type=Path, metavar="FILE", help=f"weights of the {size} model (default: the preset's)")
 
 
 @dataclass(frozen=True)
@@ -182,13 +206,14 @@ class SamplingPlan:
     labels: Tensor
     noise: SampleNoise
     num_steps: int
-    walker: Walker | None  # None until the backbone that brings its own has set it
+    walker: Walker
     guidance: ClassifierFreeGuidance
     vae: Source
     device: torch.device
     dtype: torch.dtype
     max_batch: int | None  # None: the walker measures
     compile: bool = False
+    dry_run: bool = False  # say what it would cost, and do nothing
     recipe: Recipe | None = None
     learned_null: bool = True  # guidance asks the models for the null label that they learned; False where the walker brings another
     also: Mapping[str, object] = field(default_factory=dict)  # settings of the backbone
@@ -199,8 +224,14 @@ class SamplingPlan:
         return self.image_size // self.preset.downsampling
 
     @property
+    def compiles(self) -> bool:
+        """Whether the denoisers shall be compiled; a dry run measures them as they are."""
+        return self.compile and not self.dry_run
+
+    @property
     def solver(self) -> Solver:
         """The solver of a diffusion model."""
+        assert isinstance(self.walker, SolverWalker), "a walker of another kind has no solver"
         return self.walker.solver
 
     def check_fit(self, model: Any, path: Path) -> None:  # noqa: ANN401  (a DiT, SiT or LatentDenoiser)
@@ -228,7 +259,13 @@ class SamplingPlan:
         return settings | ({"recipe": self.recipe.name} if self.recipe else {})
 
 
-def _given(value: object, default: object) -> object:
+# How a backbone reads the models of a plan.
+Load = Callable[[SamplingPlan, Sequence[DenoiserFile]], Sequence[SizedDenoiser]]
+
+T = TypeVar("T")
+
+
+def _given(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
@@ -283,6 +320,7 @@ def sampling_plan(
     if not math.isfinite(cfg_scale):
         raise InputError(f"--cfg-scale must be a finite number, got {cfg_scale}")
     noise = SampleNoise(range(args.seed, args.seed + count))
+    walker = SolverWalker(create_solver(_given(args.solver, solver), create_diffusion(str(num_steps)))) if diffusion else None
     return SamplingPlan(
         preset=preset,
         image_size=image_size,
@@ -290,13 +328,14 @@ def sampling_plan(
         labels=noise.labels(num_classes) if drawn else torch.tensor([labels[i % len(labels)] for i in range(count)]),
         noise=noise,
         num_steps=num_steps,
-        walker=SolverWalker(create_solver(_given(args.solver, solver), create_diffusion(str(num_steps)))) if diffusion else None,
+        walker=walker,  # type: ignore[arg-type]  # the backbone that said diffusion=False sets its own before anyone asks
         guidance=ClassifierFreeGuidance(cfg_scale, num_classes, _parse_channels(args.cfg_channels, preset)),
         vae=NAMED_VAES.get(args.vae, args.vae or preset.vae),
         device=parse_device(args.device),
         dtype=DTYPES[args.dtype],
         max_batch=args.max_batch or getattr(args, "per_proc_batch_size", None),
         compile=args.compile,
+        dry_run=getattr(args, "dry_run", False),
         recipe=recipe,
     )
 
@@ -311,13 +350,14 @@ def _parse_channels(text: str | None, preset: Preset) -> int | None:
 
 def add_model_args(parser: argparse.ArgumentParser, models: Iterable[str]) -> None:
     """Add the words of scripts with one model; `choose_file` reads them."""
-    parser.add_argument("--model", metavar="NAME", help=f"model size: {', '.join(models)} (default: the preset's largest)")
-    parser.add_argument("--ckpt", type=Path, help="weights (default: the preset's for that model)")
+    group = help_group(parser, MODELS)
+    group.add_argument("--model", metavar="NAME", help=f"model size: {', '.join(models)} (default: the preset's largest)")
+    group.add_argument("--ckpt", type=Path, metavar="FILE", help="weights (default: the preset's for that model)")
 
 
 def add_posenc_arg(parser: argparse.ArgumentParser) -> None:
     """Add what a GTA checkpoint may not say of itself."""
-    parser.add_argument("--posenc", choices=["rope", "gta"], help="position encoding of a GTA checkpoint that does not say it")
+    help_group(parser, MODELS).add_argument("--posenc", choices=["rope", "gta"], help="position encoding of a GTA checkpoint that does not say it")
 
 
 def choose_file(args: argparse.Namespace, plan: SamplingPlan) -> DenoiserFile:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tstitch.autoencoder import Autoencoder, weights_file
 from tstitch.checkpoints import file_hash, first_line
 from tstitch.errors import InputError
-from tstitch.files import atomic_path, read_json, write_json
+from tstitch.files import atomic_path, existing_folder, read_json, write_json
 from tstitch.noise import SampleNoise
 from tstitch.pictures import ImageFolder
 
@@ -88,7 +88,8 @@ class FeatureWriter:
     """
 
     STORED, DAMAGED = 1, 2  # in status.bin; 0 is an item that nobody has come to
-    layout, dtype = "store", np.float16
+    layout: str = "store"
+    dtype: type[np.floating] = np.float16
 
     def __init__(self, folder: Path, index: dict[str, Any], labels: Tensor) -> None:
         self.folder, self.labels = folder, labels
@@ -101,14 +102,9 @@ class FeatureWriter:
         Raises:
             InputError: if the folder was begun with other settings, or the disk is too small.
         """
-        earlier = next((read_json(path) for path in (self.finished, self.unfinished) if path.exists()), None)
+        earlier = self.check()
         if earlier is None:
             self._lay_out()
-        else:
-            # The hash says which VAE it is, wherever it lies.
-            was = [f"{key}={earlier.get(key)!r}" for key in self.index if key != "vae" and self.index[key] != earlier.get(key)]
-            if was:
-                raise InputError(f"{self.folder} was begun with {', '.join(was)[:300]}; pass the same values or choose another folder for the features")
         if earlier is None or self.finished.exists():
             status = np.full(self.index["count"], 0 if earlier is None else self.STORED, dtype=np.uint8)
             status[[damaged["item"] for damaged in (earlier or {}).get("damaged", [])]] = self.DAMAGED
@@ -117,15 +113,42 @@ class FeatureWriter:
             write_json(self.unfinished, self.index)
             self.finished.unlink(missing_ok=True)
 
+    def check(self) -> dict[str, Any] | None:
+        """What an earlier run said of the folder, None where there was none; writes nothing.
+
+        Raises:
+            InputError: as `begin`.
+        """
+        earlier = next((read_json(path) for path in (self.finished, self.unfinished) if path.exists()), None)
+        if earlier is None:
+            self._check_room()
+            return None
+        # The hash says which VAE it is, wherever it lies.
+        was = [f"{key}={earlier.get(key)!r}" for key in self.index if key != "vae" and self.index[key] != earlier.get(key)]
+        if was:
+            raise InputError(f"{self.folder} was begun with {', '.join(was)[:300]}; pass the same values or choose another folder for the features")
+        return earlier
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of all features."""
+        return (self.index["count"], self.index["mirrors"], 2 * self.index["latent_shape"][0], *self.index["latent_shape"][1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the features and their labels take."""
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize + self.labels.nbytes
+
+    def _check_room(self) -> None:
+        free = shutil.disk_usage(existing_folder(self.folder)).free
+        if self.nbytes > free:
+            raise InputError(f"{self.folder} needs {self.nbytes / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; choose another disk")
+
     def _lay_out(self) -> None:
-        shape = (self.index["count"], self.index["mirrors"], 2 * self.index["latent_shape"][0], *self.index["latent_shape"][1:])
         with atomic_path(self.folder / "labels.npy") as temporary:
             np.save(temporary, self.labels.numpy())
-        needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise InputError(f"{self.folder} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free; choose another disk")
         with atomic_path(self.folder / "moments.npy") as temporary:
-            np.lib.format.open_memmap(temporary, mode="w+", dtype=self.dtype, shape=shape)
+            np.lib.format.open_memmap(temporary, mode="w+", dtype=self.dtype, shape=self.shape)
 
     def _read_status(self) -> np.ndarray:
         status = np.fromfile(self.status, dtype=np.uint8) if self.status.exists() else np.zeros(0, dtype=np.uint8)
@@ -203,11 +226,20 @@ class FileWriter(FeatureWriter):
         features, labels = (self.folder / f"imagenet256_{kind}" for kind in ("features", "labels"))  # at every size: fast-DiT's trainer asks for it
         return features, labels
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the files take: a frozen draw and a label an item, each with numpy's header."""
+        return self.index["count"] * (4 * int(np.prod(self.index["latent_shape"])) + 8 + 2 * 128)
+
+    def _check_room(self) -> None:
+        super()._check_room()
+        for folder in self._folders():
+            if folder.is_dir() and any(folder.iterdir()):
+                raise InputError(f"{folder} holds files of another extraction already; choose another folder for the features")
+
     def _lay_out(self) -> None:
         for folder in self._folders():
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise InputError(f"{folder} holds files of another extraction already; choose another folder for the features")
 
     def views(self, items: Tensor, images: Tensor) -> list[Tensor]:
         """One view: the picture, or its mirror image."""
@@ -357,7 +389,7 @@ class FileFeatures:
         numbers = tqdm(self.numbers, desc="labels", unit="file", disable=len(self.numbers) < 10_000)
         self.labels = torch.tensor([int(_load(labels / f"{number}.npy").item()) for number in numbers])
         self.latent_shape: tuple[int, ...] = _load(self._features / f"{self.numbers[0]}.npy").shape[-3:]
-        count = {"layout": "files", "count": len(self), "latent_shape": list(self.latent_shape), "num_classes": int(self.labels.max()) + 1}
+        count: dict[str, Any] = {"layout": "files", "count": len(self), "latent_shape": list(self.latent_shape), "num_classes": int(self.labels.max()) + 1}
         self.index = _read_index(folder) if (folder / "index.json").exists() else count
         if self.index["count"] - len(self.index.get("damaged", [])) != len(self):
             raise InputError(f"{folder} holds {len(self)} features, its index says {self.index['count']}; extract again")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from tqdm import tqdm
 
 from tstitch.autoencoder import Autoencoder
 from tstitch.checkpoints import file_hash
-from tstitch.cli import SamplingPlan, positive_int
+from tstitch.cli import MACHINE, MODELS, OUTPUT, STITCHING, Load, SamplingPlan, add_dry_run_arg, help_group, positive_int
+from tstitch.dry_run import Files, plan_sampling
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder, read_json, write_json
 from tstitch.generate import Ranks, walk
+from tstitch.guidance import SizedDenoiser
 from tstitch.metrics import FeatureStatistics, frechet_distance
 from tstitch.metrics.emoji import EmojiExtractor
-from tstitch.metrics.extractors import create_extractor
+from tstitch.metrics.extractors import ImageFeatures, create_extractor
 from tstitch.metrics.scores import probability_sums, score_of_sums
 from tstitch.noise import SampleNoise
 from tstitch.plots import plot_tradeoff
@@ -37,20 +39,27 @@ from tstitch.schedule import StitchSchedule
 from tstitch.sweep import UNMEASURED
 from tstitch.walker import total_seconds
 
+MEASURED_PICTURES, MEASURED_REPEATS = 8, 15
 METRIC = "FD-emoji: Frechet distance in the features of the bundled extractor; comparable only with itself"
 
 
 def add_sweep_args(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the words of a sweep; `sweep` reads them. `name` makes the default folders."""
-    parser.add_argument("--out", type=Path, default=Path(f"results/{name}.json"), help="results file to write, and a picture beside it")
-    parser.add_argument("--work-dir", type=Path, default=Path(f"runs/{name}"), help="where sums wait for a resume")
-    parser.add_argument("--chunk", type=positive_int, default=50, help="pictures walked together")
-    parser.add_argument("--models", type=Path, default=ROOT / "pretrained_models" / "emoji", help="folder of the extractor and its reference")
+    output = help_group(parser, OUTPUT)
+    output.add_argument("--out", type=Path, default=Path(f"results/{name}.json"), help="results file to write, and a picture beside it")
+    output.add_argument("--work-dir", type=Path, default=Path(f"runs/{name}"), help="where sums wait for a resume")
+    help_group(parser, MODELS).add_argument(
+        "--models", type=Path, default=ROOT / "pretrained_models" / "emoji", metavar="FOLDER", help="folder of the feature extractor and its reference"
+    )
+    help_group(parser, MACHINE).add_argument("--chunk", type=positive_int, default=50, metavar="N", help="pictures walked together, by each process")
+    add_dry_run_arg(parser)
 
 
 def add_ratios_arg(parser: argparse.ArgumentParser) -> None:
     """Add which ratios of two models are swept; `choose_ratios` reads them."""
-    parser.add_argument("--ratios", type=float, nargs="+", metavar="R", default=[k / 10 for k in range(11)], help="the small model's shares, 0..1, 0 first")
+    help_group(parser, STITCHING).add_argument(
+        "--ratios", type=float, nargs="+", metavar="R", default=[k / 10 for k in range(11)], help="the small model's shares of the steps, 0..1, 0 first"
+    )
 
 
 def choose_ratios(args: argparse.Namespace) -> list[StitchSchedule]:
@@ -70,7 +79,7 @@ def sweep(
     plan: SamplingPlan,
     files: Sequence[DenoiserFile],
     schedules: Sequence[StitchSchedule],
-    load: Callable[[SamplingPlan, Sequence[DenoiserFile]], Sequence[Any]],
+    load: Load,
 ) -> list[dict[str, Any]]:
     """Measure every schedule over all pictures and write --out; every process calls it.
 
@@ -93,32 +102,27 @@ def sweep(
         denoisers, autoencoder = load(plan, files), Autoencoder(plan.vae, plan.device)
         extractor = create_extractor("emoji", plan.device, args.models)
         reference = extractor.references()
-        config = {
-            "settings": plan.settings,
-            "weights": weight_hashes(plan, files) | {"features": file_hash(args.models / "features.safetensors")},
-            "labels": plan.labels.tolist(),
-            "seed": args.seed,
-            "dtype": args.dtype,
-            "chunk": args.chunk,
-            "max_batch": plan.max_batch,
-            "compile": plan.compile,
-            "schedules": [schedule.to_json() for schedule in schedules],
-        }
-        begin(args.work_dir, config)
+        config = describe(args, plan, files, schedules)
+        check_begun(args.work_dir, config)
+        if not plan.dry_run:
+            write_json(args.work_dir / "config.json", config)
         sums = Sums(args.work_dir, ranks.rank, len(schedules), len(files))
 
     main = ranks.rank == 0
     chunks = [range(start, min(start + args.chunk, len(plan.labels))) for start in range(0, len(plan.labels), args.chunk)]
     left = ranks.gather(sorted(set(range(len(chunks))) - finished_chunks(args.work_dir)) if main else None)[0]
+    if plan.dry_run:
+        if main:
+            output = [Files("sums of features, once for each process", sums.nbytes, args.work_dir), Files("results and a picture", 2e5, args.out.parent, True)]
+            plan_sampling(
+                plan, denoisers, files, schedules, autoencoder, output, together=args.chunk, left=sum(len(chunks[c]) for c in left), judge=extractor.measure,
+                ranks=max(1, min(ranks.size, len(left))), measured=MEASURED_PICTURES * (MEASURED_REPEATS + 1),
+            )  # fmt: skip
+        return []
     with tqdm(total=len(chunks), initial=len(chunks) - len(left), desc=f"{len(schedules)} schedules", unit="chunk", disable=not main) as bar:
         for c in left[ranks.rank :: ranks.size]:
             walked = walk(plan, denoisers, schedules, chunks[c].start, chunks[c].stop)
-            for k, latents in enumerate(walked.latents):
-                features = extractor.measure(autoencoder.decode(latents))
-                sums.statistics[k].update(features.pool)
-                sums.scores[k] = sums.scores[k] + probability_sums(features.probs)
-            sums.evaluations += len(chunks[c]) * np.asarray(walked.evaluations, dtype=np.float64)
-            sums.done.append(c)
+            sums.count(c, len(chunks[c]), walked.evaluations, (extractor.measure(autoencoder.decode(latents)) for latents in walked.latents))
             store(sums)
             bar.update(len(finished_chunks(args.work_dir)) - bar.n if main else 1)
         # Looked up, not met at a barrier, which would time out where one process is slow.
@@ -149,6 +153,21 @@ def sweep(
     return rows
 
 
+def describe(args: argparse.Namespace, plan: SamplingPlan, files: Sequence[DenoiserFile], schedules: Sequence[StitchSchedule]) -> dict[str, Any]:
+    """What the sums of a work folder belong to."""
+    return {
+        "settings": plan.settings,
+        "weights": weight_hashes(plan, files) | {"features": file_hash(args.models / "features.safetensors")},
+        "labels": plan.labels.tolist(),
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "chunk": args.chunk,
+        "max_batch": plan.max_batch,
+        "compile": plan.compile,
+        "schedules": [schedule.to_json() for schedule in schedules],
+    }
+
+
 def show(out: Path, groups: dict[str, Sequence[dict[str, Any]]], title: str = "") -> None:
     """Print the table of `sweep`'s rows, and draw cost against quality beside the results file `out`; the first group is joined by a line."""
     rows = [row for group in groups.values() for row in group]
@@ -165,8 +184,8 @@ def show(out: Path, groups: dict[str, Sequence[dict[str, Any]]], title: str = ""
     )
 
 
-def begin(folder: Path, config: dict[str, Any]) -> None:
-    """Prepare a work folder, or find the one that was begun.
+def check_begun(folder: Path, config: dict[str, Any]) -> None:
+    """Hold a work folder that was begun to these settings.
 
     Raises:
         InputError: if it belongs to another sweep, naming what differs.
@@ -177,7 +196,6 @@ def begin(folder: Path, config: dict[str, Any]) -> None:
         differ = [key for key in config if found.get(key) != config[key]]
         if differ:
             raise InputError(f"{folder} holds a sweep with other settings ({', '.join(differ)}); remove it or choose another --work-dir")
-    write_json(path, config)
 
 
 def finished_chunks(folder: Path) -> set[int]:
@@ -196,10 +214,24 @@ class Sums:
         self.path = folder / f"sums_{rank}.safetensors"
         self.done: list[int] = []
         self.statistics = [FeatureStatistics(EmojiExtractor.dim) for _ in range(num_schedules)]
-        self.scores: list[np.ndarray | float] = [0.0] * num_schedules
+        self.scores = [np.zeros(())] * num_schedules
         self.evaluations = np.zeros((num_schedules, num_denoisers))
         if self.path.exists():
             self.add(self.path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the feature statistics, which are all but a little of the file."""
+        return sum(value.nbytes for statistics in self.statistics for value in statistics.totals.values())
+
+    def count(self, chunk: int, size: int, evaluations: Sequence[Sequence[float]], features: Iterable[ImageFeatures]) -> None:
+        """Add a chunk of `size` pictures: what each schedule cost a picture, and the features of its pictures."""
+        for k, measured in enumerate(features):
+            assert measured.probs is not None  # this network is a classifier
+            self.statistics[k].update(measured.pool)
+            self.scores[k] = self.scores[k] + probability_sums(measured.probs)
+        self.evaluations += size * np.asarray(evaluations, dtype=np.float64)
+        self.done.append(chunk)
 
     def add(self, path: Path) -> None:
         """Add what is stored in a file of the same sweep."""
@@ -219,11 +251,12 @@ def store(sums: Sums) -> None:
         save_file(tensors | {"done": np.array(sums.done), "evaluations": sums.evaluations}, temporary)
 
 
-def measure(plan: SamplingPlan, denoisers: Sequence[Any]) -> list[float]:
-    """Seconds a picture of an evaluation of each denoiser, among 8 pictures."""
-    noise = SampleNoise(range(8))
-    x, y = noise.latents(denoisers[0].latent_shape, plan.device), torch.arange(8, device=plan.device) % plan.num_classes
-    return [seconds / 8 for seconds in plan.walker.evaluation_seconds(denoisers, x, y, guidance=plan.guidance, noise=noise, repeats=15)]
+def measure(plan: SamplingPlan, denoisers: Sequence[SizedDenoiser]) -> list[float]:
+    """Seconds a picture of an evaluation of each denoiser, among several pictures."""
+    n = MEASURED_PICTURES
+    noise = SampleNoise(range(n))
+    x, y = noise.latents(denoisers[0].latent_shape, plan.device), torch.arange(n, device=plan.device) % plan.num_classes
+    return [seconds / n for seconds in plan.walker.evaluation_seconds(denoisers, x, y, guidance=plan.guidance, noise=noise, repeats=MEASURED_REPEATS)]
 
 
 def make_rows(
@@ -258,7 +291,7 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
     cells = [
         [
             row["name"],
-            " + ".join(f"{n:.4g}" for n in row["evaluations"]),
+            " + ".join(f"{n:.4g}" for n in row.get("evaluations", [])),
             f"{row['sampling_speed_up']:.2f}",
             f"{row['fd_emoji']:.2f}",
             f"{100 * row['fd_relative']:+.1f} %",

@@ -41,13 +41,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def existing_folder(path: Path) -> Path:
+    """The path itself, or the nearest above it that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 def check_folder(path: Path) -> None:
     """Refuse, before any work, a folder that could not be written.
 
     Raises:
         InputError: if it is a file, or its nearest existing parent is one or is not writable.
     """
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    existing = existing_folder(path)
     if not existing.is_dir():
         raise InputError(f"cannot write to {path}: {existing} is a file; choose another folder")
     try:  # permissions alone do not say it: the superuser has them in /sys too

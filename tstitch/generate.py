@@ -36,9 +36,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tstitch.autoencoder import Autoencoder
-from tstitch.cli import SamplingPlan, YesNo, add_sampling_args, positive_int
+from tstitch.cli import MACHINE, OUTPUT, Load, SamplingPlan, YesNo, add_dry_run_arg, add_sampling_args, help_group, positive_int
+from tstitch.dry_run import Files, picture_bytes, plan_sampling
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, check_folder, read_json, write_json
+from tstitch.guidance import SizedDenoiser
 from tstitch.noise import SampleNoise
 from tstitch.plots import save_image
 from tstitch.presets import DenoiserFile
@@ -47,18 +49,22 @@ from tstitch.schedule import StitchSchedule
 from tstitch.tune import wait_for
 from tstitch.walker import Walked
 
+NPZ_OVERHEAD = 256  # bytes of an .npz besides its pixels
 WAITING_CHUNKS = 2  # sampled, but not yet on disk; bounds memory
 
 
 def add_generation_args(parser: argparse.ArgumentParser, sample_dir: Path, *, diffusion: bool = True) -> None:
     """Add the words that the generators share, see `add_sampling_args`; `sampling_plan(args, fid=True)` and `generate` read them."""
-    parser.add_argument("--sample-dir", type=Path, default=sample_dir, help="folder to write, on a disk that all processes share")
-    parser.add_argument(
+    output = help_group(parser, OUTPUT)
+    output.add_argument("--sample-dir", type=Path, default=sample_dir, help="folder to write, on a disk that all processes share")
+    output.add_argument("--png", action="store_true", help="write every picture as a PNG too")
+    add_sampling_args(parser, fid=True, diffusion=diffusion)
+    machine = help_group(parser, MACHINE)
+    machine.add_argument(
         "--per-proc-batch-size", type=positive_int, default=32, metavar="B", help="pictures that a process walks together; part of what decides the last bit"
     )
-    parser.add_argument("--png", action="store_true", help="write every picture as a PNG too")
-    parser.add_argument("--tf32", action=YesNo, default=True, help="TensorFloat-32 matrix products on GPUs: faster, less exact")
-    add_sampling_args(parser, fid=True, diffusion=diffusion)
+    machine.add_argument("--tf32", action=YesNo, default=True, help="TensorFloat-32 matrix products on GPUs: faster, less exact")
+    add_dry_run_arg(parser)
     parser.set_defaults(max_batch=None)  # one branch of the tree at a time, so that B bounds memory
 
 
@@ -228,8 +234,8 @@ def file_names(schedules: Sequence[StitchSchedule], files: Sequence[DenoiserFile
     return named
 
 
-def walk(plan: SamplingPlan, denoisers: Sequence[Any], schedules: Sequence[StitchSchedule], start: int, stop: int) -> Walked:
-    """Walk pictures start..stop-1 along each schedule; the denoisers have a latent_shape (C, h, w)."""
+def walk(plan: SamplingPlan, denoisers: Sequence[SizedDenoiser], schedules: Sequence[StitchSchedule], start: int, stop: int) -> Walked:
+    """Walk pictures start..stop-1 along each schedule."""
     noise = SampleNoise(plan.noise.seeds[start:stop])
     return plan.walker.walk(
         denoisers,
@@ -272,7 +278,7 @@ def generate(
     plan: SamplingPlan,
     files: Sequence[DenoiserFile],
     schedules: dict[str, StitchSchedule],
-    load: Callable[[SamplingPlan, Sequence[DenoiserFile]], Sequence[Any]],
+    load: Load,
 ) -> float | None:
     """Make the pictures of every schedule and write them to --sample-dir; every rank calls it.
 
@@ -303,6 +309,12 @@ def generate(
         if main:
             config = describe(args, plan, files, schedules)
             folder.check(config)
+    if plan.dry_run:
+        if main and left:
+            _plan_generation(args, plan, files, schedules, folder, left, denoisers, autoencoder, ranks.size)
+        elif main:
+            print(f"{args.sample_dir}: {len(schedules)} x {len(plan.labels)} pictures are all there; nothing is left to do")
+        return None
     if left:
         with ranks.agree():
             if main:
@@ -321,6 +333,23 @@ def generate(
         if plan.recipe:
             print(f"recipe {plan.recipe.name}: against {plan.recipe.reference}, {plan.recipe.published} was published ({plan.recipe.source})")
     return busy
+
+
+def _plan_generation(
+    args: argparse.Namespace, plan: SamplingPlan, files: Sequence[DenoiserFile], schedules: dict[str, StitchSchedule], folder: SampleFolder,
+    left: Sequence[int], denoisers: Sequence[SizedDenoiser], autoencoder: Autoencoder, ranks: int,
+) -> None:  # fmt: skip
+    """Answer --dry-run: what the chunks that are left will cost."""
+    pixels = picture_bytes(plan, 1)
+    output = [Files(f"{len(folder.unfinished)} .npz", len(folder.unfinished) * (pixels + NPZ_OVERHEAD), args.sample_dir)]
+    output.append(Files("more while it runs", (len(folder.unfinished) + 1) * pixels - output[0].size, args.sample_dir, at_most=True))
+    if args.png:
+        output.append(Files("PNGs", len(schedules) * pixels, args.sample_dir, at_most=True))
+    plan_sampling(
+        plan, denoisers, files, list(schedules.values()), autoencoder, output, together=args.per_proc_batch_size,
+        left=sum(len(folder.chunks[chunk]) for chunk in left), ranks=min(ranks, len(left)),
+        kept=WAITING_CHUNKS * len(schedules) * args.per_proc_batch_size * plan.image_size**2 * 3,
+    )  # fmt: skip
 
 
 class BusyTime:
@@ -373,13 +402,13 @@ class Decoder:
             return (self.autoencoder.decode(x) for x in latents)
         sampled = torch.cuda.Event()
         sampled.record(torch.cuda.current_stream(self.device))
-        return self._on_stream(latents, sampled)
+        return self._on_stream(self._stream, latents, sampled)
 
-    def _on_stream(self, latents: list[Tensor], sampled: torch.cuda.Event) -> Iterator[Tensor]:
+    def _on_stream(self, stream: torch.cuda.Stream, latents: list[Tensor], sampled: torch.cuda.Event) -> Iterator[Tensor]:
         for x in latents:
-            with torch.cuda.stream(self._stream):  # else each copy to the host would wait for all steps that are queued
-                self._stream.wait_event(sampled)
-                x.record_stream(self._stream)
+            with torch.cuda.stream(stream):  # else each copy to the host would wait for all steps that are queued
+                stream.wait_event(sampled)
+                x.record_stream(stream)
                 pictures = self.autoencoder.decode(x)
             yield pictures
 

@@ -18,13 +18,23 @@ from tstitch.errors import InputError
 class Denoiser(Protocol):
     """Predicts eps (N, C, H, W), or eps and variance (N, 2C, H, W), from x (N, C, H, W), t (N,) and labels y (N,)."""
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The prediction."""
+
+
+class SizedDenoiser(Denoiser, Protocol):
+    """A denoiser that says the shape (C, h, w) of one sample, as those that are read from a file do."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, h, w)."""
 
 
 class Guidance(Protocol):
     """Calls a denoiser; progress in [0, 1) is the share of the steps already taken."""
 
-    def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, y: Tensor, progress: float) -> Tensor: ...
+    def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, y: Tensor, progress: float) -> Tensor:
+        """The guided prediction, of the shape of the denoiser's own."""
 
 
 def no_guidance(denoiser: Denoiser, x: Tensor, t: Tensor, y: Tensor, progress: float) -> Tensor:
@@ -71,6 +81,7 @@ class ClassifierFreeGuidance:
         return extrapolate(uncond, cond, self.scale, guided)
 
     def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, y: Tensor, progress: float) -> Tensor:
+        """One call of twice the batch; a plain one where guidance is off."""
         if self.scale == 1 or not self.interval[0] <= progress < self.interval[1]:
             return denoiser(x, t, y)
         null = torch.full_like(y, self.null_label)
@@ -94,6 +105,7 @@ class AutoGuidance:
         _check_interval(self.interval)
 
     def __call__(self, denoiser: Denoiser, x: Tensor, t: Tensor, y: Tensor, progress: float) -> Tensor:
+        """One call of each model; a plain one where guidance is off, or of the weak model itself."""
         if self.scale == 1 or denoiser is self.weak or not self.interval[0] <= progress < self.interval[1]:
             return denoiser(x, t, y)
         guided = x.shape[1] if self.channels is None else min(self.channels, x.shape[1])

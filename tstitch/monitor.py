@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +35,13 @@ PREVIEWS = 16
 Walk = Callable[[nn.Module, Tensor, Tensor, ClassifierFreeGuidance], Tensor]  # (model, initial noise, labels, guidance) -> latents
 
 
+class ClassModel(Protocol):
+    """What is asked of a model of classes before it trains."""
+
+    config: dict[str, Any]
+    num_classes: int
+
+
 def add_monitor_args(parser: argparse.ArgumentParser) -> None:
     """Add the --eval words; `create_monitor` reads them."""
     group = parser.add_argument_group("evaluation during training (pictures are decoded with --vae)")
@@ -56,7 +64,7 @@ def walk_ddim(num_steps: int) -> Walk:
     return walk
 
 
-def create_monitor(args: argparse.Namespace, plan: TrainingPlan, model: nn.Module, walk_of: Callable[[int], Walk] = walk_ddim) -> Monitor | None:
+def create_monitor(args: argparse.Namespace, plan: TrainingPlan, model: ClassModel, walk_of: Callable[[int], Walk] = walk_ddim) -> Monitor | None:
     """What --eval-every asks for; None where it is 0.
 
     Args:
@@ -132,6 +140,7 @@ class Monitor:
             save_image(self.folder / f"{step:07d}.png", contact_sheet(previews, f"step {step}", columns=8))
         if self.extractor is None:
             return {}
+        assert self.reference is not None  # the two come together
         statistics = FeatureStatistics(self.extractor.dim)
         chunks = torch.arange(self.num_images).split(self.batch)
         world = self.accelerator.num_processes

@@ -102,7 +102,7 @@ def plot_spectra(path: Path, powers: Tensor, timesteps: Sequence[int], *, ylabel
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(timesteps[-1], timesteps[0]), "plasma_r")
     for power, t in zip(powers.tolist(), timesteps, strict=True):
-        axes.semilogy(power, color=scale.to_rgba(t), linewidth=1.5)
+        axes.semilogy(power, color=scale.to_rgba(np.asarray(t)), linewidth=1.5)
     axes.axhline(1, color="black", linestyle="--", linewidth=1, label="white noise of unit variance")
     axes.set(xlabel="spatial frequency, cycles per width of the latents", ylabel=ylabel, title=title)
     axes.set_xlim(0, powers.shape[1] - 1)
@@ -120,7 +120,7 @@ def plot_bands(path: Path, curves: dict[str, tuple[Tensor, Tensor]], *, xlabel: 
         (line,) = axes.plot(steps, mean, "o-", label=name, markersize=3, linewidth=1.5)
         axes.fill_between(steps, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     _save_figure(path, figure)

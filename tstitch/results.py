@@ -23,17 +23,19 @@ def run_record(plan: SamplingPlan, files: Sequence[DenoiserFile]) -> dict[str, A
         "labels": plan.labels.tolist(),
         "models": {file.letter: file.model for file in files},
         "weights": weight_hashes(plan, files),
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "device": str(plan.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **computed_by(plan.dtype, plan.device),
     }
+
+
+def computed_by(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What a result's last digits and its seconds depend on besides: number type, device, threads, torch."""
+    return {"dtype": str(dtype).removeprefix("torch."), "device": str(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def weight_hashes(plan: SamplingPlan, files: Sequence[DenoiserFile]) -> dict[str, str]:
     """Hash of each model's weights by its letter, and of the autoencoder's, whose name stands in where its file is not known."""
     vae = weights_file(plan.vae)
-    return {file.letter: file_hash(file.path) for file in files} | {"vae": file_hash(vae) if vae.exists() else plan.vae}
+    return {file.letter: file_hash(file.path) for file in files} | {"vae": file_hash(vae) if vae.exists() else str(plan.vae)}
 
 
 def quality_by_schedule(

@@ -86,7 +86,8 @@ def sample(
         x_0, like x_T.
     """
     guidances = guidance_for_each(guidance, len(denoisers))
-    x, history = x_T, ()
+    x = x_T
+    history: tuple[Tensor, ...] = ()
     for leg in plan_legs(schedule, solver, len(denoisers)):
         denoiser, guide = denoisers[leg.denoiser], guidances[leg.denoiser]
         for i in range(leg.start, leg.stop):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from tstitch.autoencoder import Autoencoder
 from tstitch.cli import SamplingPlan
+from tstitch.dry_run import Files, picture_bytes, plan_sampling
 from tstitch.files import write_json
+from tstitch.guidance import SizedDenoiser
 from tstitch.plots import contact_sheet, save_image
 from tstitch.presets import DenoiserFile
 from tstitch.results import run_record
 from tstitch.schedule import StitchSchedule
 
 
-def sample_sheet(folder: Path, plan: SamplingPlan, denoiser: Any, file: DenoiserFile) -> None:  # noqa: ANN401  (a denoiser with a latent_shape)
+def sample_sheet(folder: Path, plan: SamplingPlan, denoiser: SizedDenoiser, file: DenoiserFile) -> None:
     """Sample the pictures of a plan with one denoiser; write folder/sample.png and config.json.
 
     Raises:
@@ -25,6 +26,10 @@ def sample_sheet(folder: Path, plan: SamplingPlan, denoiser: Any, file: Denoiser
     autoencoder = Autoencoder(plan.vae, plan.device)
     autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
     schedules = [StitchSchedule((1.0,))]
+    if plan.dry_run:
+        size = 2 * picture_bytes(plan, 1)
+        plan_sampling(plan, [denoiser], [file], schedules, autoencoder, [Files("sample.png and config.json", size, folder, at_most=True)], kept=size)
+        return
     work = plan.walker.work(schedules, 1)  # None where a method chooses its own steps
     with tqdm(total=None if work is None else work[0], desc=file.model, unit="evaluation") as bar:
         walked = plan.walker.walk(

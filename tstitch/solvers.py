@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tstitch.diffusion import GaussianDiffusion
@@ -34,7 +35,8 @@ class Solver(Protocol):
     timesteps: list[int]  # what the model is told at each step, noisiest first
     sigmas: list[float]  # sqrt((1 - alpha_bar) / alpha_bar) at each step, noisiest first
 
-    def step(self, x: Tensor, i: int, model_output: Tensor, noise: Tensor | None = None, history: tuple[Tensor, ...] = ()) -> Step: ...
+    def step(self, x: Tensor, i: int, model_output: Tensor, noise: Tensor | None = None, history: tuple[Tensor, ...] = ()) -> Step:
+        """Take step i, 0 being the noisiest, from x (N, C, H, W); noise is unit noise like x, history what the step before returned."""
 
 
 class _DiffusionSolver:
@@ -165,7 +167,7 @@ class PLMS(_DiffusionSolver):
         if i == 1:
             return self._along(history[0], 0, (history[1] + eps) / 2, (history[1],))
         known = (eps, *history)[:4]
-        extrapolated = sum(weight * e for weight, e in zip(self.WEIGHTS[len(known) - 1], known, strict=True))
+        extrapolated = sum((weight * e for weight, e in zip(self.WEIGHTS[len(known) - 1], known, strict=True)), torch.zeros_like(eps))
         return self._along(x, i - 1, extrapolated, known[:3])
 
     def _along(self, x: Tensor, step: int, eps: Tensor, history: tuple[Tensor, ...]) -> Step:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -167,9 +168,7 @@ def sample_many(
             if not parts:
                 continue
             x = torch.cat([part.x for part in parts])
-            output = sizes[k].run(
-                lambda some, ys, i=i, k=k, denoiser=denoiser: model_output(denoiser, guidances[k], some, ys, solver, i), x, y.repeat(len(parts))
-            )  # fmt: skip
+            output = sizes[k].run(partial(model_output, denoiser, guidances[k], solver=solver, i=i), x, y.repeat(len(parts)))
             history = tuple(torch.cat(tensors) for tensors in zip(*(part.history for part in parts), strict=True))
             tiled = None if drawn is None else drawn.repeat(len(parts), *[1] * (drawn.dim() - 1))
             step = solver.step(x, i, output, tiled, history)

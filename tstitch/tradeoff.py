@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from tstitch.autoencoder import Autoencoder
 from tstitch.cli import SamplingPlan
+from tstitch.dry_run import Files, picture_bytes, plan_sampling
 from tstitch.files import write_json
-from tstitch.guidance import Denoiser
+from tstitch.guidance import Denoiser, SizedDenoiser
 from tstitch.noise import SampleNoise
 from tstitch.plots import contact_sheet, image_grid, plot_tradeoff, save_image
 from tstitch.presets import DenoiserFile
@@ -24,6 +25,8 @@ from tstitch.results import markdown_table, quality_by_schedule, run_record
 from tstitch.schedule import StitchSchedule
 from tstitch.sweep import UNMEASURED
 from tstitch.walker import Walked, total_seconds
+
+MEASURED_REPEATS = 7
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Row:
     schedule: str
     name: str
     title: str
-    evaluations: list[float]
+    evaluations: Sequence[float]
     seconds_per_image: float
     speed_up: float | None
     fd_emoji: float | None
@@ -88,12 +91,19 @@ def compare(
 
 def evaluation_seconds(plan: SamplingPlan, denoisers: Sequence[Denoiser], x: Tensor, y: Tensor) -> list[float]:
     """Seconds that one guided evaluation of each denoiser takes for the batch x (N, C, H, W), y (N,), in calls of at most --max-batch."""
-    n = min(len(y), plan.max_batch or UNMEASURED)
-    measured = plan.walker.evaluation_seconds(denoisers, x[:n], y[:n], guidance=plan.guidance, noise=SampleNoise(plan.noise.seeds[:n]))
+    n, noise = _measured(plan), SampleNoise(plan.noise.seeds[: _measured(plan)])
+    measured = plan.walker.evaluation_seconds(denoisers, x[:n], y[:n], guidance=plan.guidance, noise=noise, repeats=MEASURED_REPEATS)
     return [seconds * len(y) / n for seconds in measured]
 
 
-def compare_and_save(folder: Path, plan: SamplingPlan, denoisers: Sequence[Denoiser], files: Sequence[DenoiserFile], schedules: list[StitchSchedule]) -> None:
+def _measured(plan: SamplingPlan) -> int:
+    """Pictures of a call that is timed."""
+    return min(len(plan.labels), plan.max_batch or UNMEASURED)
+
+
+def compare_and_save(
+    folder: Path, plan: SamplingPlan, denoisers: Sequence[SizedDenoiser], files: Sequence[DenoiserFile], schedules: list[StitchSchedule]
+) -> None:
     """What a stitching script does once its models are loaded: `compare`, print the table, write the pictures and the results.
 
     Raises:
@@ -102,6 +112,14 @@ def compare_and_save(folder: Path, plan: SamplingPlan, denoisers: Sequence[Denoi
     autoencoder = Autoencoder(plan.vae, plan.device)
     for denoiser in denoisers:
         autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
+    if plan.dry_run:
+        pictures = picture_bytes(plan, len(schedules))
+        output = [Files("grid.png, results.json and perhaps tradeoff.png", 2 * pictures, folder, at_most=True)]
+        measured = (MEASURED_REPEATS + 1) * _measured(plan)
+        plan_sampling(plan, denoisers, files, schedules, autoencoder, output, measured=measured, prepared=1, kept=2 * pictures)
+        return
+    if files[-1] not in plan.preset.denoisers:  # one's own large model has classes of its own: rows get their numbers
+        plan = replace(plan, preset=replace(plan.preset, class_names=()))
     comparison = compare(plan, denoisers, files, schedules, autoencoder)
     report(comparison)
     save(folder, plan, comparison)
@@ -172,10 +190,11 @@ def save(folder: Path, plan: SamplingPlan, comparison: Comparison) -> None:
         names = [plan.preset.class_name(label) for label in plan.labels.tolist()]
         grid = image_grid(images, [f"{row.title}\n{row.seconds_per_image:.2f} s" for row in rows], names)
     save_image(folder / "grid.png", grid)
-    if len(rows) > 1 and all(row.fd_emoji is not None for row in rows):
+    points = [(row.seconds_per_image, row.fd_emoji, row.title) for row in rows if row.fd_emoji is not None]
+    if len(rows) > 1 and len(points) == len(rows):
         plot_tradeoff(
             folder / "tradeoff.png",
-            {"schedules": [(row.seconds_per_image, row.fd_emoji, row.title) for row in rows]},
+            {"schedules": points},
             xlabel="seconds per image on this machine",
             ylabel="FD-emoji (comparable only with itself)",
             title=f"{' + '.join(comparison.record['models'].values())}, {plan.walker.describe()}",

@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,12 +30,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from tstitch.checkpoints import load_strict
 from tstitch.errors import InputError
 from tstitch.files import atomic_path, write_json
+from tstitch.tune import peak_memory
 
+Losses = Callable[[nn.Module, int, int], dict[str, Tensor]]  # (model, step, part) -> scalars; "loss" is differentiated
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -181,7 +182,8 @@ class EMA:
 
 def local(parameter: Tensor) -> Tensor:
     """Detached values of a parameter, or of this process's shard of it; shares its memory."""
-    return parameter.detach().to_local() if hasattr(parameter, "to_local") else parameter.detach()
+    values = parameter.detach()
+    return values.to_local() if isinstance(values, DTensor) else values
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -217,28 +219,14 @@ class JsonLines:
 
 
 def fit(
-    model: nn.Module,
-    losses: Callable[[nn.Module, int, int], dict[str, Tensor]],
-    *,
-    accelerator: Accelerator,
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-    config: dict[str, Any],
-    max_steps: int,
-    items_per_step: int,
-    accumulation: int = 1,
-    lr_factor: Callable[[int], float] = lambda step: 1.0,
-    ema_decay: float = 0.999,
-    clip_norm: float | None = 1.0,
-    seed: int = 0,
-    ckpt_every: int = 500,
-    keep: int = 2,
-    log_every: int = 50,
-    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
-    eval_every: int = 0,
-    resume: bool | Path = True,
-    start_from: Callable[[], dict[str, Any]] | None = None,
-) -> dict[str, Tensor]:
+    model: nn.Module, losses: Losses, *, accelerator: Accelerator, optimizer: torch.optim.Optimizer, folder: Path, config: dict[str, Any],
+    max_steps: int, items_per_step: int, accumulation: int = 1,
+    lr_factor: Callable[[int], float] = lambda step: 1.0, ema_decay: float = 0.999, clip_norm: float | None = 1.0, seed: int = 0,
+    ckpt_every: int = 500, keep: int = 2, log_every: int = 50,
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None, eval_every: int = 0,
+    resume: bool | Path = True, start_from: Callable[[], dict[str, Any]] | None = None,
+    rehearse: Callable[[Callable[[], object], int], None] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Train `model` to `max_steps`; a run that was killed goes on from its newest checkpoint.
 
     Args:
@@ -256,9 +244,10 @@ def fit(
         resume: False starts anew and refuses a folder that already holds checkpoints; a file is the checkpoint to go on from, of the same config.
         start_from: where a new run begins, called then: gives {"source", "model", "ema", "opt"}, a file and what another trainer wrote there; "ema" and
             "opt" may be missing.
+        rehearse: called in place of training and writing, once all is checked: rehearse(what takes one part of a step, the step where training begins).
 
     Returns:
-        The moving average as a full state dict on the CPU (empty on all processes but the first).
+        The moving average as a full state dict on the CPU (empty on all processes but the first, and after a rehearsal).
 
     Raises:
         InputError: if the folder belongs to another run, or start_from to another model.
@@ -268,70 +257,99 @@ def fit(
     config = config | {"max_steps": max_steps, "num_processes": accelerator.num_processes, "accumulation": accumulation, "mixed_precision": precision}
     state = _resumable_state(checkpoints, config, resume) or (start_from() if start_from else {})
     base_lrs = [group["lr"] for group in optimizer.param_groups]
-    prepared, optimizer, ema = _restore(state, model, optimizer, accelerator, ema_decay, state.get("source", checkpoints))
-    start, count, sums = state.get("step", 0), *state.get("log", (0, {}))
+    prepared, stepper, ema = _restore(state, model, optimizer, accelerator, ema_decay, state.get("source", checkpoints))
+    start: int = state.get("step", 0)
+    if rehearse is not None:
+        take = partial(take_step, prepared, losses, start, accelerator=accelerator, optimizer=stepper, clip_norm=clip_norm, seed=seed)
+        rehearse(take, start)
+        return {}
+    log = _Log(folder, accelerator, start, max_steps, items_per_step, *state.get("log", (0, {})))
     del state  # several times the model
-    sums = {name: value.to(accelerator.device) for name, value in sums.items()}
-    main = accelerator.is_main_process
-    log = JsonLines(folder / "log.jsonl", start) if main else None
-    if main:
+    if accelerator.is_main_process:
         write_json(folder / "config.json", config)
         for left_by_a_kill in checkpoints.glob(".*.tmp.pt"):
             left_by_a_kill.unlink()
 
-    def write(row: dict[str, float], step: int) -> None:
-        accelerator.log(row, step=step)
-        if main and row:
-            log.write({"step": step, **{name: float(f"{value:.6g}") for name, value in row.items()}})
-
-    bar = tqdm(total=max_steps, initial=start, desc=folder.name, unit="step", disable=not main, mininterval=1.0)
-    since, rated = time.perf_counter(), start
     for step in range(start, max_steps):
-        for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
+        for group, base in zip(stepper.param_groups, base_lrs, strict=True):
             group["lr"] = base * lr_factor(step)
-        terms = take_step(prepared, losses, step, accelerator=accelerator, optimizer=optimizer, accumulation=accumulation, clip_norm=clip_norm, seed=seed)
+        log.add(take_step(prepared, losses, step, accelerator=accelerator, optimizer=stepper, accumulation=accumulation, clip_norm=clip_norm, seed=seed))
         ema.update(prepared, step)
-        for name, value in terms.items():  # on the device: reading a loss at every step would stall a GPU
-            sums[name] = sums.get(name, 0) + value
-        done, count = step + 1, count + 1
-        bar.update()
+        done = step + 1
         if done % log_every == 0 or done == max_steps:
-            row = {name: accelerator.reduce(value, "mean").item() / count for name, value in sums.items()}
-            now = time.perf_counter()
-            rate = (done - rated) / (now - since)
-            write(row | {"lr": optimizer.param_groups[0]["lr"], "steps_per_s": rate, "images_per_s": rate * items_per_step}, done)
-            shown = {name: f"{value:.4f}" for name, value in row.items()}
-            bar.set_postfix(shown | {"images/s": f"{rate * items_per_step:.0f}", "peak": f"{peak_memory(accelerator.device) / 2**30:.1f} GiB"})
-            sums, count, since, rated = {}, 0, now, done
+            log.write_means(done, stepper.param_groups[0]["lr"])
         if evaluate is not None and eval_every and (done % eval_every == 0 or done == max_steps):
-            began = time.perf_counter()
-            with ema.lent_to(prepared):
+            with log.clock_stopped(), ema.lent_to(prepared):  # the rate is that of training
                 prepared.eval()
-                write(evaluate(accelerator.unwrap_model(prepared), done), done)
+                log.write(evaluate(accelerator.unwrap_model(prepared), done), done)
                 prepared.train()
-            since += time.perf_counter() - began  # the rate is that of training
         # After the evaluation: a kill between the two repeats it, and does not lose it.
         if done % ckpt_every == 0 or done == max_steps:
-            saved = {"model": full_state(prepared), "opt": get_optimizer_state_dict(prepared, optimizer.optimizer, options=FULL)}
-            with ema.lent_to(prepared):
-                saved["ema"] = full_state(prepared)
-            mean_sums = {name: accelerator.reduce(value, "mean") for name, value in sums.items()}
-            if main:
-                saved |= {"args": config, "step": done, "warm_up": ema.warm_up}
-                saved["log"] = (count, mean_sums)  # so that a resumed run writes the same next line
-                if accelerator.scaler is not None:
-                    saved["scaler"] = accelerator.scaler.state_dict()
-                save_checkpoint(checkpoints, done, saved, keep)
-    bar.close()
+            whole = _whole_state(prepared, stepper, ema, accelerator) | {"log": log.state()}  # gathered by all processes
+            if accelerator.is_main_process:
+                save_checkpoint(checkpoints, done, whole | {"args": config, "step": done, "warm_up": ema.warm_up}, keep)
+    log.bar.close()
     with ema.lent_to(prepared):
         average = full_state(prepared)
     accelerator.wait_for_everyone()
     return average
 
 
+class _Log:
+    """What a run writes and shows: means of the loss terms since the last line, and the rate of training.
+
+    Args:
+        start: step from which the run goes on.
+        count, sums: the `state` of that step; a resumed run writes the same next line.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, start: int, max_steps: int, items_per_step: int, count: int, sums: dict[str, Tensor]) -> None:
+        self.accelerator, self.items_per_step, self.count = accelerator, items_per_step, count
+        self.sums = {name: value.to(accelerator.device) for name, value in sums.items()}
+        main = accelerator.is_main_process
+        self.lines = JsonLines(folder / "log.jsonl", start) if main else None
+        self.bar = tqdm(total=max_steps, initial=start, desc=folder.name, unit="step", disable=not main, mininterval=1.0)
+        self._since, self._rated = time.perf_counter(), start
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        """Count a step."""
+        for name, value in terms.items():  # on the device: reading a loss at every step would stall a GPU
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.count += 1
+        self.bar.update()
+
+    def write(self, row: dict[str, float], step: int) -> None:
+        """Write one line."""
+        self.accelerator.log(row, step=step)
+        if self.lines is not None and row:
+            self.lines.write({"step": step, **{name: float(f"{value:.6g}") for name, value in row.items()}})
+
+    def write_means(self, step: int, lr: float) -> None:
+        """Write the means of the steps since the last time, and begin anew."""
+        means = {name: self.accelerator.reduce(value, "mean").item() / self.count for name, value in self.sums.items()}
+        now = time.perf_counter()
+        rate = (step - self._rated) / (now - self._since)
+        self.write(means | {"lr": lr, "steps_per_s": rate, "images_per_s": rate * self.items_per_step}, step)
+        shown = {name: f"{value:.4f}" for name, value in means.items()}
+        peak = peak_memory(self.accelerator.device) / 2**30
+        self.bar.set_postfix(shown | {"images/s": f"{rate * self.items_per_step:.0f}", "peak": f"{peak:.1f} GiB"})
+        self.sums, self.count, self._since, self._rated = {}, 0, now, step
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Leave what is done inside a with block out of the rate."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    def state(self) -> tuple[int, dict[str, Tensor]]:
+        """Steps and sums since the last line, the mean of all processes; every process calls it."""
+        return self.count, {name: self.accelerator.reduce(value, "mean") for name, value in self.sums.items()}
+
+
 def take_step(
     prepared: nn.Module,
-    losses: Callable[[nn.Module, int, int], dict[str, Tensor]],
+    losses: Losses,
     step: int,
     *,
     accelerator: Accelerator,
@@ -364,15 +382,18 @@ def take_step(
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the whole state dict on the CPU, gathered from all shards; empty on all processes but the first."""
-    return {name: value.clone() for name, value in get_model_state_dict(model, options=FULL).items()}
+    state = cast(dict[str, Tensor], get_model_state_dict(model, options=FULL))  # whole and of plain modules: nothing but tensors
+    return {name: value.clone() for name, value in state.items()}
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held: on a GPU those that torch allocated, on a CPU the resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux, in bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _whole_state(prepared: nn.Module, stepper: Any, ema: EMA, accelerator: Accelerator) -> dict[str, Any]:  # noqa: ANN401  (accelerate's optimizer)
+    """What a checkpoint has of model, optimizer, moving average and gradient scaler; every process calls it."""
+    whole: dict[str, Any] = {"model": full_state(prepared), "opt": get_optimizer_state_dict(prepared, stepper.optimizer, options=FULL)}
+    with ema.lent_to(prepared):
+        whole["ema"] = full_state(prepared)
+    if accelerator.scaler is not None:
+        whole["scaler"] = accelerator.scaler.state_dict()
+    return whole
 
 
 def named_optimizer_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -399,7 +420,7 @@ def _restore(
     if state:
         load_strict(model, state["model"], source)
         load_strict(model, state.get("ema", state["model"]), source)  # the moving average starts from these
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    prepared, stepper = accelerator.prepare(model, optimizer)
     ema = EMA(prepared, ema_decay, warm_up=state.get("warm_up", "ema" not in state))
     whole = StateDictOptions(full_state_dict=True)
     if state:
@@ -408,12 +429,12 @@ def _restore(
         named = named_optimizer_state(state["opt"], model)
         # A fused optimizer counts its steps on the device; the file may be of one that did not.
         groups = [group | {"fused": ours[0].get("fused")} for group in named["param_groups"]]
-        set_optimizer_state_dict(prepared, optimizer.optimizer, named | {"param_groups": groups}, options=whole)
-        for group, values in zip(optimizer.param_groups, ours, strict=True):
+        set_optimizer_state_dict(prepared, stepper.optimizer, named | {"param_groups": groups}, options=whole)
+        for group, values in zip(stepper.param_groups, ours, strict=True):
             group.update(values)  # the command line's, not the file's
     if "scaler" in state and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    return prepared, optimizer, ema
+    return prepared, stepper, ema
 
 
 def _resumable_state(checkpoints: Path, config: dict[str, Any], resume: bool | Path) -> dict[str, Any] | None:

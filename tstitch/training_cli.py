@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tstitch.checkpoints import read_checkpoint, read_training_state, read_weights
-from tstitch.cli import positive_int
+from tstitch.cli import DATA, LOGGING, MACHINE, MODEL, OPTIMIZATION, add_dry_run_arg, help_group, positive_int
 from tstitch.data import Features, ImageLatents, class_weights, open_features
+from tstitch.dry_run import Files, checkpoint_files_of, plan_training, show_plan, training_bytes, training_memory
 from tstitch.errors import InputError
 from tstitch.files import check_folder
 from tstitch.pictures import ImageFolder
@@ -30,7 +31,7 @@ TRACKERS = ("none", "tensorboard", "wandb")
 
 def add_training_args(parser: argparse.ArgumentParser, results_dir: str) -> None:
     """Add the words that every training script shares; `training_plan` reads them."""
-    data = parser.add_argument_group("data")
+    data = help_group(parser, DATA)
     data.add_argument("--features-path", type=Path, help="features from extract_features.py; the VAE is then not needed")
     data.add_argument("--data-path", type=Path, help="folder of class folders of pictures, encoded while training (slower)")
     data.add_argument("--image-size", type=positive_int, default=256, help="height and width the pictures are cropped to; with --data-path")
@@ -38,13 +39,12 @@ def add_training_args(parser: argparse.ArgumentParser, results_dir: str) -> None
     data.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the pictures; with --data-path")
     data.add_argument("--num-workers", type=positive_int, default=4, help="threads that read pictures, in each process; with --data-path")
     data.add_argument("--class-balance", type=float, default=0.0, help="0: every item once an epoch; 1 draws classes evenly, 0.5 in between")
-    steps = parser.add_argument_group("steps")
-    steps.add_argument("--max-steps", type=positive_int, help="optimizer steps (default: 400000 where --epochs is not given)")
-    steps.add_argument("--epochs", type=positive_int, help="passes over the data, in place of --max-steps")
-    steps.add_argument("--global-batch-size", type=positive_int, default=256, help="items a step, over all processes and accumulated parts")
-    steps.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="parts that each process computes one after another")
-    steps.add_argument("--global-seed", type=int, default=0, help="seed of initialisation, batches, timesteps and noise")
-    learning = parser.add_argument_group("learning")
+    learning = help_group(parser, OPTIMIZATION)
+    learning.add_argument("--max-steps", type=positive_int, help="optimizer steps (default: 400000 where --epochs is not given)")
+    learning.add_argument("--epochs", type=positive_int, help="passes over the data, in place of --max-steps")
+    learning.add_argument("--global-batch-size", type=positive_int, default=256, help="items a step, over all processes and accumulated parts")
+    learning.add_argument("--gradient-accumulation-steps", type=positive_int, default=1, help="parts that each process computes one after another")
+    learning.add_argument("--global-seed", type=int, default=0, help="seed of initialisation, batches, timesteps and noise")
     learning.add_argument("--lr", type=float, default=1e-4, help="peak learning rate, above 0")
     learning.add_argument("--lr-schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up")
     learning.add_argument("--warmup-steps", type=int, default=0, help="steps of linear warm-up")
@@ -52,17 +52,17 @@ def add_training_args(parser: argparse.ArgumentParser, results_dir: str) -> None
     learning.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's weight decay, at least 0")
     learning.add_argument("--clip-norm", type=float, default=0.0, help="largest gradient norm; 0 for no clipping")
     learning.add_argument("--ema-decay", type=float, default=0.9999, help="decay of the moving average, 0..1")
-    begin = parser.add_mutually_exclusive_group()
+    begin = help_group(parser, MODEL).add_mutually_exclusive_group()
     begin.add_argument("--init-from", type=Path, metavar="FILE", help="start from these weights, not at random: a second round, or fine-tuning")
     begin.add_argument(
         "--load-ckpt", "--ckpt", type=Path, metavar="FILE", help="start from another run's checkpoint (model, ema, opt: DiT, fast-DiT, GTA, SiT or ours)"
     )
-    speed = parser.add_argument_group("speed and memory")
+    speed = help_group(parser, MACHINE)
     speed.add_argument("--mixed-precision", choices=["no", "bf16", "fp16"], help="autocast type (default: what accelerate launch says, or no)")
     speed.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True, help="TensorFloat-32 for what stays float32 on a GPU")
     speed.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice to keep fewer of them")
     speed.add_argument("--compile", action="store_true", help="torch.compile the model: minutes at the start, faster steps")
-    run = parser.add_argument_group("run")
+    run = help_group(parser, LOGGING)
     run.add_argument("--results-dir", type=Path, default=Path(results_dir), help="run folder")
     run.add_argument("--autoresume", action="store_true", help="go on from the newest checkpoint in results-dir")
     run.add_argument("--ckpt-every", type=positive_int, default=5000, help="steps between checkpoints")
@@ -71,6 +71,7 @@ def add_training_args(parser: argparse.ArgumentParser, results_dir: str) -> None
     run.add_argument("--report-to", choices=TRACKERS, default="none", help="also log there; wandb reads WANDB_KEY, ENTITY and PROJECT, where they are set")
     run.add_argument("--wandb", dest="report_to", action="store_const", const="wandb", help="the same as --report-to wandb")
     run.add_argument("--export", type=Path, metavar="FILE", help="write the moving average here at the end, fp16 safetensors")
+    add_dry_run_arg(parser)
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,10 @@ class TrainingPlan:
     ) -> dict[str, Tensor]:
         """Call `tstitch.training.fit` with what the command line asked for; `config` is what else describes the run, "model_config" among it."""
         args = self.args
-        if args.compile:
+        if args.compile and not args.dry_run:
             model.compile()
-        self._start_tracker()
+        if not args.dry_run:
+            self._start_tracker()
         average = fit(
             model, losses, accelerator=self.accelerator, folder=args.results_dir, config=self._described() | config,
             optimizer=torch.optim.AdamW(
@@ -153,9 +155,46 @@ class TrainingPlan:
             max_steps=self.max_steps, items_per_step=args.global_batch_size, accumulation=args.gradient_accumulation_steps, ema_decay=args.ema_decay,
             clip_norm=args.clip_norm or None, seed=args.global_seed, ckpt_every=args.ckpt_every, keep=args.keep, log_every=args.log_every,
             evaluate=evaluate, eval_every=eval_every, resume=args.autoresume, start_from=self._start_from(config),
+            rehearse=partial(self._plan, model) if args.dry_run else None,
         )  # fmt: skip
         self.accelerator.end_training()
         return average
+
+    def _plan(self, model: nn.Module, take: Callable[[], object], start: int) -> None:
+        """Answer --dry-run: what the steps from `start` on will cost."""
+        args, device, processes = self.args, self.accelerator.device, self.accelerator.num_processes
+
+        def take_part(size: int) -> None:
+            whole = self.part_size
+            object.__setattr__(self, "part_size", size)  # which no one else may change
+            take()
+            object.__setattr__(self, "part_size", whole)
+
+        works, how = plan_training(take_part, self.part_size, times=(self.max_steps - start) * self.num_parts, device=device, processes=processes)
+        if not self.accelerator.is_main_process:
+            return
+        source = args.features_path or args.data_path
+        shared = f"{processes} processes x " * (processes > 1) + f"{args.gradient_accumulation_steps} parts of {self.part_size}"
+        begun = f", {self.max_steps - start} of them left" if start else ""
+        epochs = f"{self.max_steps * args.global_batch_size / len(self.data):.3g} epochs"
+        precision = self.accelerator.mixed_precision
+        about = [
+            ("model", f"{args.model}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.3g} M parameters"),
+            ("data", f"{len(self.data)} items, latents {'x'.join(map(str, self.data.latent_shape))}, {self.data.num_classes} classes, {source}"),
+            ("training", f"{self.max_steps} steps of {args.global_batch_size} items ({shared}), {epochs}{begun}"),
+            ("learning", f"lr {args.lr:g} {args.lr_schedule}, warm-up {args.warmup_steps} steps, {precision} mixed precision, on {device}"),
+        ]
+        files = checkpoint_files_of(model, args.results_dir, steps=self.max_steps - start, every=args.ckpt_every, keep=args.keep)
+        if args.export:
+            files.append(Files("exported weights", 2 * sum(value.numel() for value in model.state_dict().values()), args.export.parent))
+        show_plan(
+            about,
+            works,
+            how=how,
+            memory=training_memory(device, training_bytes(model)),
+            files=files,
+            ranks=processes,
+        )
 
     def _start_tracker(self) -> None:
         """Begin the run of --report-to; for wandb with the environment variables of the published trainers, each of which may be missing."""
@@ -233,6 +272,23 @@ def check_training_args(args: argparse.Namespace) -> None:
         raise InputError(f"--report-to {args.report_to} needs that package; pip install {args.report_to}, or leave it out: log.jsonl is always written")
 
 
+def create_accelerator(mixed_precision: str | None, tf32: bool, report_to: str, logs: Path) -> Accelerator:
+    """The processes' group, its number type, and the tracker of --report-to, which writes to `logs`.
+
+    Raises:
+        InputError: if processes were started that do not work together.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, project_dir=logs, log_with=None if report_to == "none" else report_to,
+        cpu=world > 1 and not torch.cuda.is_available(),  # else accelerate would make each process a run of its own
+    )  # fmt: skip
+    if accelerator.num_processes != world:
+        raise InputError(f"{world} processes were started, but only {accelerator.num_processes} work together; start them with torchrun or accelerate launch")
+    return accelerator
+
+
 def training_plan(args: argparse.Namespace) -> TrainingPlan:
     """Check the arguments, open the data, start the processes' group.
 
@@ -240,20 +296,14 @@ def training_plan(args: argparse.Namespace) -> TrainingPlan:
         InputError: for the first argument that cannot be used.
     """
     check_training_args(args)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, project_dir=args.results_dir, log_with=None if args.report_to == "none" else args.report_to,
-        cpu=world > 1 and not torch.cuda.is_available(),  # else accelerate would make each process a run of its own
-    )  # fmt: skip
-    if accelerator.num_processes != world:
-        raise InputError(f"{world} processes were started, but only {accelerator.num_processes} work together; start them with torchrun or accelerate launch")
+    accelerator = create_accelerator(args.mixed_precision, args.tf32, args.report_to, args.results_dir)
     parts = accelerator.num_processes * args.gradient_accumulation_steps
     if args.global_batch_size % parts:
         raise InputError(
             f"--global-batch-size {args.global_batch_size} is not divisible by {parts}: {accelerator.num_processes} processes, "
             f"{args.gradient_accumulation_steps} accumulated parts each"
         )  # fmt: skip
+    data: Features
     if args.features_path:
         data = open_features(args.features_path)
     else:

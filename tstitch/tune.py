@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +24,14 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held: on a GPU those that torch allocated, on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux, in bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def measure_seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int = 7) -> list[float]:
@@ -62,4 +72,4 @@ def measure_step_seconds(
         solver.step(x, middle, model_output(denoiser, guide, x, y, solver, middle), drawn, (x, x, x))  # as much memory as any solver wants
 
     pairs = zip(denoisers, guidance_for_each(guidance, len(denoisers)), strict=True)
-    return measure_seconds([lambda pair=pair: step(*pair) for pair in pairs], x.device, repeats)
+    return measure_seconds([partial(step, *pair) for pair in pairs], x.device, repeats)

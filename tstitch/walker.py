@@ -27,7 +27,7 @@ class Walked(NamedTuple):
     """Samples of many schedules, and what each would have cost alone."""
 
     latents: list[Tensor]  # one (N, C, H, W) for each schedule
-    evaluations: list[list[float]]  # for each schedule, guided evaluations a sample by denoiser; an adaptive method's differ between samples: the mean
+    evaluations: Sequence[Sequence[float]]  # for each schedule, guided evaluations a sample by denoiser; an adaptive method's differ between samples: the mean
     max_batch: list[int] | None = None  # most samples in a call of each denoiser, where the walker finds or is told it
 
 
@@ -49,7 +49,7 @@ class Walker(Protocol):
     ) -> Walked:  # fmt: skip
         """Sample every schedule from the same x_T (N, C, H, W), labels (N,) and noise; `SolverWalker` measures a max_batch that is None."""
 
-    def work(self, schedules: Sequence[StitchSchedule], num_denoisers: int) -> list[float] | None:
+    def work(self, schedules: Sequence[StitchSchedule], num_denoisers: int) -> Sequence[float] | None:
         """Evaluations of the whole batch that `walk` will do, by denoiser, where that is known before."""
 
     def evaluation_seconds(
@@ -91,7 +91,7 @@ class SolverWalker:
         evaluations = [steps_by_denoiser(plan_legs(schedule, self.solver, len(denoisers)), len(denoisers)) for schedule in schedules]
         return Walked(latents, evaluations, [size.size for size in sizes])
 
-    def work(self, schedules: Sequence[StitchSchedule], num_denoisers: int) -> list[float]:
+    def work(self, schedules: Sequence[StitchSchedule], num_denoisers: int) -> Sequence[float]:
         """See `tstitch.sweep.count_evaluations`."""
         return count_evaluations(schedules, self.solver, num_denoisers)
 

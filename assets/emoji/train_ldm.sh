@@ -11,7 +11,7 @@ train() { # size
     cp "runs/ldm-$1/log.jsonl" "pretrained_models/emoji/logs/ldm-$1.jsonl"
 }
 
-trap 'kill $(jobs -p) 2>/dev/null' EXIT  # where one fails, the other stops too
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # where one fails, the other stops too
 train small &
 train large &
 wait -n && wait -n

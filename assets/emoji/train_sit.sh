@@ -13,7 +13,7 @@ train() { # size, steps, batch
     cp "runs/sit-$1/log.jsonl" "pretrained_models/emoji/logs/sit-$1.jsonl"
 }
 
-trap 'kill $(jobs -p) 2>/dev/null' EXIT  # where one fails, the other stops too
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT  # where one fails, the other stops too
 train small 9000 128 &
 train large 9000 64 &
 wait -n && wait -n

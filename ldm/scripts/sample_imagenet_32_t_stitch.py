@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ldm.cli import add_ldm_args, hand_over, ldm_plan
-from tstitch.cli import add_sampling_args, new_parser, run
+from tstitch.cli import OUTPUT, SAMPLING, STITCHING, add_dry_run_arg, add_sampling_args, help_group, new_parser, run
 from tstitch.files import check_folder
 from tstitch.schedule import StitchSchedule, two_way_ratios
 from tstitch.tradeoff import compare_and_save
@@ -26,13 +26,14 @@ from tstitch.tradeoff import compare_and_save
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    stitch = parser.add_argument_group("stitching").add_mutually_exclusive_group()
+    stitch = help_group(parser, STITCHING).add_mutually_exclusive_group()
     stitch.add_argument("--ratio", type=float, default=0.4, help="the small model's share of the steps, 0..1")
     stitch.add_argument("--all_ratios", action="store_true", help="ratios 0.0, 0.1, ..., 1.0")
     add_ldm_args(parser)
-    parser.add_argument("--save_dir", type=Path, help="folder to write (default: figures/ldm_seed_SEED)")
-    parser.add_argument("--sampling-steps", type=int, dest="num_sampling_steps", metavar="N", help="--num-sampling-steps, as published")
+    help_group(parser, OUTPUT).add_argument("--save_dir", type=Path, help="folder to write (default: figures/ldm_seed_SEED)")
+    help_group(parser, SAMPLING).add_argument("--sampling-steps", type=int, dest="num_sampling_steps", metavar="N", help="--num-sampling-steps, as published")
     add_sampling_args(parser, diffusion=False)
+    add_dry_run_arg(parser)
     return parser.parse_args(argv)
 
 

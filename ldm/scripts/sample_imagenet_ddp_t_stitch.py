@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ldm.cli import add_ldm_args, hand_over, ldm_plan
-from tstitch.cli import new_parser, run
+from tstitch.cli import MACHINE, STITCHING, help_group, new_parser, run
 from tstitch.generate import add_generation_args, file_names, generate, join_ranks
 from tstitch.schedule import StitchSchedule
 
@@ -27,8 +27,10 @@ from tstitch.schedule import StitchSchedule
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--ratio", "--ratios", type=float, nargs="+", default=[0.5], metavar="R", help="the small model's share of the steps, 0..1; or some")
-    parser.add_argument("--local_rank", "--local-rank", type=int, metavar="N", help="what the old launcher passes without --use_env")
+    help_group(parser, STITCHING).add_argument(
+        "--ratio", "--ratios", type=float, nargs="+", default=[0.5], metavar="R", help="the small model's share of the steps, 0..1; or some"
+    )
+    help_group(parser, MACHINE).add_argument("--local_rank", "--local-rank", type=int, metavar="N", help="what the old launcher passes without --use_env")
     add_ldm_args(parser)
     add_generation_args(parser, Path("samples/ldm_ddp_t_stitch"), diffusion=False)
     return parser.parse_args(argv)

@@ -26,7 +26,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_budget_args(parser, "ldm")
     add_ldm_args(parser)
     add_sampling_args(parser, diffusion=False)
-    parser.set_defaults(num_images=1)
     return parser.parse_args(argv)
 
 
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_budget(args)
     plan, files, load = ldm_plan(args)
-    tune(args, plan, load(plan, files), files, hand_over(args, plan, two_way_ratios()))
+    tune(args, plan, files, hand_over(args, plan, two_way_ratios()), load)
 
 
 if __name__ == "__main__":

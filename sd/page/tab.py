@@ -66,9 +66,9 @@ class Tab:
         pairs = {StitchSchedule.from_ratio(k / 20).describe(self.pair) for k in range(21)}
         self.known = {TWO: [p for p in points if p.name in pairs], THREE: points}
         with gr.Tab(backbone.title) as self.tab, gr.Row(equal_height=False):
-            with gr.Column(scale=0, min_width=380):
+            with gr.Column(scale=0, min_width=380, elem_classes="controls"):
                 self._build_controls()
-            with gr.Column(scale=1, min_width=420):
+            with gr.Column(scale=1, min_width=420, elem_classes="results"):
                 self._build_results()
         self._connect()
 
@@ -111,7 +111,7 @@ class Tab:
             self.dice = gr.Button("Random seed", size="sm", elem_classes="dice")
             self.negative = gr.Textbox(label="Not in the picture", max_length=1000, visible=backbone.prompts, elem_classes="negative")
         subjects, seeds = zip(*backbone.examples, strict=True)
-        rows, labels = [list(row) for row in backbone.examples], [f"{subject} #{seed}" for subject, seed in zip(subjects, seeds, strict=True)]
+        rows, labels = [list(row) for row in backbone.examples], [f"{subject}, seed {seed}" for subject, seed in zip(subjects, seeds, strict=True)]
         gr.Examples(rows, [self.subject, self.seed], label="Try", example_labels=labels, cache_examples=False)
 
     def _build_results(self) -> None:
@@ -122,7 +122,7 @@ class Tab:
         with gr.Row(equal_height=True):
             self.compare = gr.ImageSlider(
                 label="Large model alone | stitched", format="png", interactive=False, height=380, max_height=380, min_width=300, buttons=["download"],
-                elem_classes=["compare", "pixels"],
+                slider_position=38, elem_classes=["compare", "pixels"],  # within a picture, not on the border between two columns
             )  # fmt: skip
             with gr.Column(min_width=300, elem_classes="plot-box"):
                 self.plot = gr.HTML(curve([], self.known[TWO], StitchSchedule.from_ratio(RATIO).describe(self.pair)))

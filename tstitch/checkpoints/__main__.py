@@ -41,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     change.add_argument("--input-size", type=positive_int, metavar="N", help="height and width of the latents, where the file does not tell")
     change.add_argument("--num-classes", type=positive_int, help="number of classes, for a label table that has no null label")
     change.add_argument("--posenc", choices=["rope", "gta"], help="position encoding, where the file does not tell")
+    change.add_argument("--kind", choices=["DiT", "SiT"], help="what a bare state dict is; a SiT's flow is the published one (default: DiT)")
     health = commands.add_parser("doctor", help="examine versions, devices, weights and disk, and sample one step", **strict)
     health.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
                 show(one)
     else:
         told = {"num_heads": args.num_heads, "input_size": args.input_size, "num_classes": args.num_classes, "posenc": args.posenc}
-        published = convert(args.file, args.out, DTYPES[args.dtype], args.use, **told)
+        published = convert(args.file, args.out, DTYPES[args.dtype], args.use, args.kind, **told)
         for note in published.notes:
             print(note)
         print(f"wrote {args.out}: {model_name(published.config)}, {args.dtype}")

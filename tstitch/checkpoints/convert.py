@@ -15,6 +15,7 @@ from tstitch.checkpoints.weights import Checkpoint, check_shapes, file_hash, rea
 from tstitch.errors import InputError
 from tstitch.files import check_folder
 
+PUBLISHED_FLOW = {"path_type": "Linear", "prediction": "velocity"}  # of the SiT whose weights are published
 FLOW_WORDS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")  # what says which flow a SiT was trained for
 
 
@@ -90,8 +91,11 @@ def _add_position_embedding(checkpoint: Checkpoint, state: dict[str, Tensor], to
     state["pos_embed"] = sincos_position_embedding(hidden, told["input_size"] // patch)
 
 
-def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32, use: str | None = None, **told: Any) -> Published:  # noqa: ANN401
+def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32, use: str | None = None, kind: str | None = None, **told: Any) -> Published:  # noqa: ANN401
     """Write a checkpoint as safetensors with its configuration; arguments as in `as_published`.
+
+    Args:
+        kind: "DiT" or "SiT", which have the same tensors, for a bare state dict; None takes it for a DiT and notes that.
 
     Raises:
         InputError: if it cannot be read or converted, contradicts what was told, or `out` is no .safetensors; then nothing is written.
@@ -110,6 +114,13 @@ def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32, use: str 
     # What a SiT's trainer says of its flow goes along; without it the file would pass for a DiT's. REPA's words mean time the other way round.
     said = checkpoint.arguments
     flow = {key: value for key in FLOW_WORDS if (value := said.get(key)) is not None} if said.get("path_type") in ("Linear", "GVP", "VP") else {}
+    if checkpoint.config or said:
+        if kind is not None:
+            raise InputError(f"{path} says itself what it was trained as; leave --kind out")
+    elif kind == "SiT":
+        flow = PUBLISHED_FLOW
+    elif kind is None:
+        published.notes.append("the file does not say whether it is a DiT or a SiT, and is written as a DiT; pass --kind to say which")
     save_weights(out, published.state, published.config | flow, dtype)
     return published
 

@@ -88,7 +88,7 @@ def _from_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 break
         renamed[name] = value
     for name in [name for name in renamed if ".attn.to_q." in name]:
-        q, k, v = (renamed.pop(name.replace("to_q", part), None) for part in ("to_q", "to_k", "to_v"))
+        q, k, v = renamed.pop(name), renamed.pop(name.replace("to_q", "to_k"), None), renamed.pop(name.replace("to_q", "to_v"), None)
         if k is None or v is None:
             raise InputError(f"{name} has no to_k or to_v beside it; the file is incomplete")
         renamed[name.replace("to_q", "qkv")] = torch.cat([q, k, v])
@@ -174,7 +174,7 @@ def published_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     d, c, p = config["hidden_size"], config["in_channels"], config["patch_size"]
     hidden = int(d * config["mlp_ratio"])
     rows = config["num_classes"] + (config["class_dropout_prob"] > 0)
-    shapes = {"pos_embed": (1, (config["input_size"] // p) ** 2, d)} if config["posenc"] == "abs" else {}
+    shapes: dict[str, tuple[int, ...]] = {"pos_embed": (1, (config["input_size"] // p) ** 2, d)} if config["posenc"] == "abs" else {}
     shapes["x_embedder.proj.weight"], shapes["x_embedder.proj.bias"] = (d, c, p, p), (d,)
 
     def linear(name: str, inputs: int, outputs: int) -> None:

@@ -98,7 +98,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from None
     content = _unpickle(path)
-    weights = {name: content[name] for name in ("ema", "model") if name in content} or {"model": content.get("state_dict", content)}  # Lightning's word
+    weights: dict[str, Any] = {name: content[name] for name in ("ema", "model") if name in content}
+    weights = weights or {"model": content.get("state_dict", content)}  # Lightning's word
     if not all(isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()) for state in weights.values()):
         raise InputError(f"{path} holds no state dict of tensors; pass a model checkpoint")
     if "model" in weights and weights["model"] is content:
@@ -159,7 +160,7 @@ def read_training_state(path: str | Path) -> dict[str, Any]:
     return weights | {"opt": _unpickle(checkpoint.path)["opt"]}
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """First line of an error's message, at most 160 characters, or its kind where there is none."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]
 

@@ -43,9 +43,9 @@ def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> list[int]:
     """
     if isinstance(spec, str) and spec.startswith("ddim"):
         wanted = _parse_count(spec.removeprefix("ddim"), spec)
-        for stride in range(1, num_timesteps + 1):
-            if len(range(0, num_timesteps, stride)) == wanted:
-                return list(range(0, num_timesteps, stride))
+        for whole in range(1, num_timesteps + 1):
+            if len(range(0, num_timesteps, whole)) == wanted:
+                return list(range(0, num_timesteps, whole))
         raise InputError(f"no whole stride gives {wanted} of {num_timesteps} timesteps; use '{wanted}' instead of '{spec}'")
     if isinstance(spec, str):
         counts = [_parse_count(part, spec) for part in spec.split(",")] if spec else [num_timesteps]
@@ -57,7 +57,7 @@ def space_timesteps(num_timesteps: int, spec: str | Sequence[int]) -> list[int]:
         length = size + (section < extra)
         if count > length:
             raise InputError(f"cannot take {count} steps out of {length} timesteps; ask for at most {length}")
-        stride = (length - 1) / (count - 1) if count > 1 else 1
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
         # Accumulated, not multiplied: the rounding of the sum decides ties, and published results hang on it.
         position = 0.0
         for _ in range(count):

@@ -2,6 +2,7 @@
 
     python dit/evaluator.py REF.npz SAMPLES.npz --json result.json          # images (arr_0) or statistics (mu, sigma, mu_s, sigma_s)
     python dit/evaluator.py train SAMPLES.npz --extractor emoji             # FD-emoji, against the bundled reference (train, held_out)
+    python dit/evaluator.py data/my_pictures SAMPLES.npz --extractor emoji  # against one's own pictures, a folder for each class
     python dit/evaluator.py IMAGES.npz --save-statistics statistics.npz     # statistics for later
     python dit/evaluator.py --compare a.json b.json                         # results side by side, and what sets them apart
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tstitch.cli import new_parser, parse_device, positive_int, run
+from tstitch.cli import MACHINE, OUTPUT, help_group, new_parser, parse_device, positive_int, run
 from tstitch.errors import InputError
 from tstitch.files import check_folder, read_json, write_json
 from tstitch.metrics.evaluate import evaluate, measure
@@ -31,21 +32,24 @@ TOLERANCE = 0.01  # relative
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("reference", nargs="?", metavar="REF", help="reference .npz; with --extractor emoji also train or held_out")
+    parser.add_argument("reference", nargs="?", metavar="REF", help="an .npz, a folder of class folders, or, with --extractor emoji, train or held_out")
     parser.add_argument("samples", nargs="?", type=Path, metavar="SAMPLES", help="samples .npz")
-    mode = parser.add_mutually_exclusive_group()
+    mode = help_group(parser, "what to do, other than to measure SAMPLES").add_mutually_exclusive_group()
     mode.add_argument("--compare", nargs="+", type=Path, metavar="RESULT", help="tabulate results that --json wrote, and say which settings differ")
     mode.add_argument(
         "--self-test", action="store_true", help=f"measure ADM-G+U's published samples: REF and SAMPLES, or {', '.join(SELF_TEST_FILES)} in pretrained_models"
     )
-    parser.add_argument("--extractor", choices=EXTRACTORS, default="inception", help="feature network; inception needs its weights file")
-    parser.add_argument("--backend", choices=["torch", "tensorflow"], default="torch", help="what runs Inception; tensorflow runs ADM's own graph")
-    parser.add_argument("--graph", type=Path, metavar="FILE", help="ADM's classify_image_graph_def.pb, for --backend tensorflow")
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images at a time")
-    parser.add_argument("--max-images", type=positive_int, metavar="N", help="precision and recall look at the first N images of each file (default: all)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
-    parser.add_argument("--save-statistics", type=Path, metavar="FILE", help="write mu, sigma, mu_s, sigma_s of SAMPLES (of REF where it is alone) here, .npz")
+    network = help_group(parser, "feature network")
+    network.add_argument("--extractor", choices=EXTRACTORS, default="inception", help="feature network; inception needs its weights file")
+    network.add_argument("--backend", choices=["torch", "tensorflow"], default="torch", help="what runs Inception; tensorflow runs ADM's own graph")
+    network.add_argument("--graph", type=Path, metavar="FILE", help="ADM's classify_image_graph_def.pb, for --backend tensorflow")
+    machine = help_group(parser, MACHINE)
+    machine.add_argument("--batch-size", type=positive_int, default=64, help="images at a time")
+    network.add_argument("--max-images", type=positive_int, metavar="N", help="precision and recall look at the first N images of each file (default: all)")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    output = help_group(parser, OUTPUT)
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    output.add_argument("--save-statistics", type=Path, metavar="FILE", help="write mu, sigma, mu_s, sigma_s of SAMPLES (of REF where it is alone) here, .npz")
     return parser.parse_args(argv)
 
 
@@ -75,9 +79,10 @@ def check(args: argparse.Namespace) -> None:
         if path:
             check_folder(path.parent)
     named = args.extractor == "emoji" and args.reference in ("train", "held_out")
-    for path in (None if named else args.reference, args.samples):
-        if path:
-            Batch(path)
+    if not named and not Path(args.reference).is_dir():  # a folder may be a reference, and is looked at when its pictures' size is known
+        Batch(args.reference)
+    if args.samples:
+        Batch(args.samples)
 
 
 def compare(paths: list[Path]) -> None:

@@ -75,6 +75,7 @@ class EmojiExtractor(Extractor):
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> ImageFeatures:
+        """Features (N, 128) and category probabilities (N, 9) of uint8 pictures (N, 3, 64, 64)."""
         pool = self.network.features(images.to(self.device))
         return ImageFeatures(pool, probs=self.network.category(pool).softmax(dim=1))
 

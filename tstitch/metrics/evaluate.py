@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tstitch.checkpoints import file_hash
 from tstitch.errors import InputError
 from tstitch.files import read_json
 from tstitch.metrics.extractors import Extractor, open_batch
@@ -66,7 +65,7 @@ def measure(batch: Batch, extractor: Extractor, batch_size: int, *, vectors: int
                 kept.append(features.pool[: vectors - bar.n].cpu())
             bar.update(len(images))
     return Measured(
-        pooled=(pooled.mean, pooled.covariance) if compute else batch.pooled,
+        pooled=batch.pooled or (pooled.mean, pooled.covariance),
         spatial=(spatial.mean, spatial.covariance) if spatial.totals["count"] else batch.spatial,
         score=inception.value if len(inception) else None,
         vectors=torch.cat(kept) if kept else None,
@@ -79,16 +78,17 @@ def evaluate(
     """Measure samples against a reference.
 
     Args:
-        reference: .npz of images, statistics or both, as ADM publishes them, or the name of a reference that ships with the extractor.
-        samples: likewise, an .npz.
+        reference: .npz of images, statistics or both, as ADM publishes them; a folder of class folders, whose pictures are cropped to the size of the
+            samples; or the name of a reference that ships with the extractor.
+        samples: an .npz.
         max_images: most images of each file that precision and recall look at, the first ones; None for all.
 
     Returns:
         A result for `tstitch.results.comparison_table`, and what was measured of the samples. Metrics that the files do not allow are None; "notes" says why.
     """
     shipped = extractor.references()
-    theirs = None if str(reference) in shipped else open_batch(reference, extractor)
     ours = open_batch(samples, extractor)
+    theirs = None if str(reference) in shipped else open_batch(reference, extractor, image_size=ours.shape[1] if ours.shape else None)
     limit = max_images or max(len(ours), len(theirs or ()))
     counts = [min(limit, len(theirs or ())), min(limit, len(ours))]
     neighbours = min(counts) > NEIGHBOURS
@@ -97,7 +97,7 @@ def evaluate(
         reference_hash = f"{reference} of extractor {extractor.weights}"
         wanted = Measured(shipped[str(reference)], None, None, None)
     else:
-        reference_hash = file_hash(theirs.path)
+        reference_hash = theirs.hash()
         wanted = measure(theirs, extractor, batch_size, vectors=counts[0] if neighbours else 0, score=False)
     got = measure(ours, extractor, batch_size, vectors=counts[1] if neighbours else 0)
 
@@ -111,7 +111,7 @@ def evaluate(
     if got.score is None:
         notes.append(f"{extractor.score} was not measured: it needs images of the samples")
     metrics["precision"] = metrics["recall"] = None
-    if neighbours:
+    if wanted.vectors is not None and got.vectors is not None:
         # Distances are float64, which mps lacks.
         where = extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
         metrics["precision"], metrics["recall"] = precision_recall(wanted.vectors.to(where), got.vectors.to(where), NEIGHBOURS)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tstitch.errors import InputError
+from tstitch.metrics.folder import FolderBatch
 from tstitch.metrics.frechet import FeatureStatistics
 from tstitch.metrics.npz import Batch, Statistics
 
@@ -131,13 +132,24 @@ def load_reference_statistics(extractor: Extractor, source: str | Path | None = 
     return statistics.mean, statistics.covariance
 
 
-def open_batch(path: str | Path, extractor: Extractor) -> Batch:
-    """Open an .npz for an extractor; statistics of another network are left aside where there are images to compute them from.
+def open_batch(path: str | Path, extractor: Extractor, image_size: int | None = None) -> Batch:
+    """Open an .npz, or a folder of class folders, for an extractor.
+
+    Statistics of another network are left aside where there are images to compute them from.
+
+    Args:
+        image_size: what the pictures of a folder are scaled and cropped to (default: what the extractor knows).
 
     Raises:
         InputError: if neither its statistics nor its images fit the extractor.
     """
-    batch = Batch(path)
+    if Path(path).is_dir():
+        image_size = image_size or extractor.image_size
+        if image_size is None:
+            raise InputError(f"the size for the pictures of {path} is that of the samples' images; pass SAMPLES that hold images")
+        batch: Batch = FolderBatch(Path(path), image_size)
+    else:
+        batch = Batch(path)
     if batch.pooled and len(batch.pooled[0]) != extractor.dim:
         if batch.shape is None:
             raise InputError(f"{path} holds statistics of {len(batch.pooled[0])} features, the extractor {extractor.name} has {extractor.dim}; choose another")

@@ -57,13 +57,14 @@ class InceptionExtractor(Extractor):
         self.weights = file_hash(path)
         self._spatial: Tensor | None = None
         # TensorFlow counts mixed ... mixed_2 (35x35), mixed_3 (reduction), mixed_4 ... mixed_7 (17x17): torch's 6b ... 6e. "conv" is the 1x1 branch.
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple, maps: Tensor) -> None:
         self._spatial = adm_spatial(maps)
 
     @torch.no_grad()
     def measure(self, images: Tensor) -> ImageFeatures:
+        """Pooled (N, 2048) and spatial (N, 2023) features and class probabilities (N, 1008) of uint8 pictures (N, 3, H, W) of any size."""
         # Convolutions in TF32, torch's default, would move the features by more than batches and devices do.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             pool, logits = self.network(images.to(self.device))

@@ -9,11 +9,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tstitch.checkpoints import file_hash
 from tstitch.errors import InputError
 from tstitch.files import atomic_path
 
@@ -53,6 +55,10 @@ class Batch:
         """Number of images."""
         return self.shape[0] if self.shape else 0
 
+    def hash(self) -> str:
+        """16 hex digits that tell two files apart."""
+        return file_hash(self.path)
+
     def _image_shape(self, archive: zipfile.ZipFile) -> tuple[int, ...]:
         with archive.open(_IMAGES) as member:
             shape, fortran, dtype = _read_header(member, self.path)
@@ -84,6 +90,8 @@ class Batch:
         Raises:
             InputError: if the data turn out to be damaged.
         """
+        if self.shape is None:
+            return
         count, picture = min(len(self), limit or len(self)), int(np.prod(self.shape[1:]))
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(_IMAGES) as member:
@@ -96,7 +104,7 @@ class Batch:
             raise InputError(f"arr_0 of {self.path} is damaged ({error}); make or fetch it again") from None
 
 
-def _read_header(member: zipfile.ZipExtFile, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(member: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         version = np.lib.format.read_magic(member)
         return {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version](member)

@@ -102,7 +102,7 @@ def precision_recall(ref: Tensor | np.ndarray, samples: Tensor | np.ndarray, k: 
         raise InputError(f"precision and recall with k={k} need more than {k} vectors, got {len(ref)} and {len(samples)}")
     radii_ref, radii_samples = manifold_radii(ref, k, block), manifold_radii(samples, k, block)
     inside_ref = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-    inside_samples = []
+    inside_samples: list[Tensor] = []
     for part in _blocks(ref, block, "precision and recall"):
         start = sum(len(x) for x in inside_samples)
         distances = _squared_distances(part, samples)

@@ -49,6 +49,7 @@ class TensorFlowInception(Extractor):
         self.weights = file_hash(graph)
 
     def measure(self, images: Tensor) -> ImageFeatures:
+        """Pooled (N, 2048) and spatial (N, 2023) features and class probabilities (N, 1008) of uint8 pictures (N, 3, H, W) of any size."""
         pixels = images.permute(0, 2, 3, 1).float().cpu().numpy()
         pool, spatial = (torch.from_numpy(array) for array in self._session.run(self._outputs, {self._images: pixels}))
         pool = pool.flatten(1)
