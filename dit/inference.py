@@ -87,7 +87,8 @@ class Modulations:
         self.width = self.weight.shape[1]
         vectors = len(self.weight) // self.width
         self.scales = torch.tensor([*(k for k in range(vectors - 2) if k % 6 in (1, 4)), vectors - 1], device=self.weight.device)
-        self.timesteps = {float(t): k for k, t in enumerate(timesteps)} if self.weight.device.type == "cpu" else {}
+        different = dict.fromkeys(float(t) for t in timesteps)  # PLMS comes to its second one twice
+        self.timesteps = {t: k for k, t in enumerate(different)} if self.weight.device.type == "cpu" else {}
         self.times = torch.tensor(list(self.timesteps), dtype=torch.float64)
         self.kept: dict[int, Tensor] = {}  # label -> (timesteps, 6 * depth + 2, D)
         self.most_kept = KEPT_BYTES // max(1, len(self.timesteps) * len(self.weight) * self.weight.element_size())

@@ -18,6 +18,11 @@ from dit.inference import Modulations, PackedLinear, PlainLinear, can_pack, prep
 from dit.models import DiT
 from sit.models import SiT
 from tstitch.compiled import Compiled
+from tstitch.diffusion import create_diffusion
+from tstitch.noise import SampleNoise
+from tstitch.sampling import sample
+from tstitch.schedule import StitchSchedule
+from tstitch.solvers import SOLVERS, create_solver
 
 X, T, Y = torch.randn(6, 4, 8, 8), torch.full((6,), 500), torch.tensor([1, 2, 1, 10, 10, 2])
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -95,6 +100,18 @@ def test_kept_modulations_have_the_same_bits_in_any_company_and_order() -> None:
         assert torch.equal(alone(torch.tensor([500]), torch.tensor([4]))[0], both[1])
         assert torch.equal(alone(torch.tensor([500]), torch.tensor([7]))[0], both[0])
         assert torch.allclose(both, Modulations(model)(torch.tensor([500, 500]), torch.tensor([7, 4])), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_walks_a_prepared_model_as_it_walks_the_plain_one(name: str) -> None:
+    model, noise = tiny(), SampleNoise(range(2))
+    solver = create_solver(name, create_diffusion("6"))
+    x, y = noise.latents((4, 8, 8)), torch.tensor([1, 7])
+    walked = [
+        sample([denoiser], x, y, schedule=StitchSchedule((1.0,)), solver=solver, noise=noise)
+        for denoiser in (model, prepare_for_inference(model, solver.timesteps))
+    ]
+    assert torch.allclose(*walked, atol=1e-4)
 
 
 def test_rows_belong_to_their_samples_and_equal_pairs_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

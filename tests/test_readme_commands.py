@@ -266,7 +266,8 @@ def run_here(command: Command, house: House, capsys: pytest.CaptureFixture) -> N
     module = command.module()
     words = [expanded for word in command.arguments for expanded in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
     arguments = module.parse_args(words)
-    written = [Path(value) for name, value in values(arguments) if name in OUTPUTS]
+    # A benchmark generates into a folder that it removes.
+    written = [Path(value) for name, value in values(arguments) if name in OUTPUTS and (name, command.program) != ("sample_dir", "benchmarks/generation.py")]
     lacking = inputs_that_lack(command, arguments)
     AcceleratorState._reset_state(reset_partial_state=True)  # it holds the number type of an earlier command
     before = files_in(house.root)
