@@ -35,7 +35,7 @@ PARTS = {
     "benchmarks": ((1.25, 4.05), 2.1, "speed, as ratios"),
     "experiments": ((3.75, 4.05), 2.1, "EXPERIMENTS.md"),
 }
-TOP = ("sd/page", "benchmarks", "experiments")  # they may use all; only their way down is drawn
+TOP = ("sd/page", "benchmarks", "experiments")  # they may use all; who uses several backbones has no arrow to the core
 
 
 def part_of(file: Path) -> str:
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         (x, y), _, _ = PARTS[part]
         for other in sorted(uses(part)):
             (to_x, to_y), width, _ = PARTS[other]
-            if part in TOP and other == "tstitch":  # said by the arrows to the backbones
+            if part in TOP and other == "tstitch" and len(uses(part)) > 2:  # said by the arrows to the backbones
                 continue
             if to_y == y:  # beside each other
                 ends = ((x - 1.1, y), (to_x + 1.1, to_y)) if to_x < x else ((x + 1.1, y), (to_x - 1.1, to_y))

@@ -49,11 +49,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """Short name of the commit, with "-dirty" where files other than results differ from it; "unknown" outside of git."""
+    """Short name of the commit, with "-dirty" where files differ from it that are neither results nor documents; "unknown" outside of git."""
     git = ["git", "-C", str(ROOT)]
+    written = ["benchmarks/results", "experiments/results.json", "pretrained_models/emoji/*_results*", "*.md"]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"], check=False).returncode
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *(f":(exclude){path}" for path in written)], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}-dirty" if changed else commit

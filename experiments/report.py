@@ -76,7 +76,10 @@ def outcome(row: dict[str, Any], recorded: dict[str, Any] | None) -> str:
     """One sentence: what came out, or why there is nothing."""
     if "emoji" not in row:
         return f"Not run: {row['why_not']}"
-    return fill_sentence(row["found"], recorded["values"]) if recorded else "Not recorded yet."
+    try:
+        return fill_sentence(row["found"], recorded["values"]) if recorded else "Not recorded yet."
+    except InputError:  # the row has changed since
+        return "Not recorded yet in this form."
 
 
 def section(row: dict[str, Any], recorded: dict[str, Any] | None) -> str:

@@ -11,6 +11,9 @@ band is printed, and the exit code is then 1. A run that was killed goes on with
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -33,7 +36,6 @@ from tstitch.presets import ROOT
 from tstitch.results import markdown_table
 
 WORK = ROOT / "runs" / "experiments"
-STATE = WORK / "state.json"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,15 +78,18 @@ def bands(values: list[Value], recorded: dict[str, dict[str, float]], *, anew: b
     return kept, outside + gone
 
 
-def begin(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The state of the run that was killed, if it was to run the same rows at the same commit; else a new one."""
-    asked, commit = [row["id"] for row in rows], git_commit()
-    found = read_json(STATE) if STATE.exists() else {}
-    # The rows' own results are not the commit's: only its name is compared.
-    if found.get("asked") == asked and found["commit"].removesuffix("-dirty") == commit.removesuffix("-dirty") and set(found["done"]) != set(asked):
-        print(f"going on with {len(asked) - len(found['done'])} of {len(asked)} rows", file=sys.stderr)
-        return found
-    return {"asked": asked, "commit": commit, "done": [], "started": []}
+def begin(rows: list[dict[str, Any]], *, new_bands: bool) -> tuple[Path, dict[str, Any]]:
+    """File and content of the state: of the run that was cut off, if it was to run the same rows at the same commit; else of a new one.
+
+    A run of files that differ from their commit begins anew, since it is not known whether they are still the same.
+    """
+    asked, commit = {"rows": [row["id"] for row in rows], "new_bands": new_bands}, git_commit()
+    path = WORK / f"state_{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.json"  # other rows are another run
+    found = read_json(path) if path.exists() else {}
+    if found.get("commit") == commit and re.fullmatch("[0-9a-f]+", commit) and set(found["done"]) != set(asked["rows"]):
+        print(f"going on with {len(rows) - len(found['done'])} of {len(rows)} rows", file=sys.stderr)
+        return path, found
+    return path, {"asked": asked, "commit": commit, "done": [], "seconds": {}, "trouble": {}}
 
 
 def prepare(document: dict[str, Any]) -> None:
@@ -115,37 +120,44 @@ def main(argv: list[str] | None = None) -> None:
     check_folder(WORK)
     WORK.mkdir(parents=True, exist_ok=True)
     prepare(document)
-    state = begin(rows)
+    path, state = begin(rows, new_bands=args.new_bands)
     machine = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    trouble: list[list[str]] = []
     with tqdm(rows, unit="row") as bar:
         for row in bar:
-            bar.set_description(row["id"])
-            if row["id"] in state["done"]:
+            name = row["id"]
+            bar.set_description(name)
+            if name in state["done"]:
                 continue
-            folder = WORK / row["id"]
-            if row["id"] not in state["started"]:
+            folder = WORK / name
+            if name not in state["seconds"]:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-                state["started"].append(row["id"])
-                write_json(STATE, state)
+                state["seconds"][name] = 0.0
+                write_json(path, state)
             start = time.perf_counter()
-            status = execute(row, folder / "log.txt")
-            seconds = time.perf_counter() - start
+            try:
+                status = execute(row, folder / "log.txt")
+            finally:  # a row that is cut off and goes on took both times
+                state["seconds"][name] += time.perf_counter() - start
+                write_json(path, state)
             recorded = read_json(RESULTS) if RESULTS.exists() else {}
             try:
                 if status:
-                    raise InputError(f"a command ended with {status}; runs/experiments/{row['id']}/log.txt says why")
-                kept, outside = bands(read_values(row, folder), recorded.get(row["id"], {}).get("values", {}), anew=args.new_bands)
+                    raise InputError(f"a command ended with {status}; {folder / 'log.txt'} says why")
+                kept, outside = bands(read_values(row, folder), recorded.get(name, {}).get("values", {}), anew=args.new_bands)
             except InputError as error:
-                trouble.append([row["id"], "", str(error), ""])
+                state["trouble"][name] = [["", str(error), ""]]
+                write_json(path, state)
                 continue
-            trouble += [[row["id"], *line] for line in outside]
-            recorded[row["id"]] = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "commit": state["commit"], "seconds": round(seconds), "values": kept}
+            recorded[name] = {
+                "date": time.strftime("%Y-%m-%d"), "machine": machine, "commit": state["commit"], "seconds": round(state["seconds"][name]), "values": kept,
+            }  # fmt: skip
             write_json(RESULTS, recorded)
             write_documents(document)
-            state["done"].append(row["id"])
-            write_json(STATE, state)
+            state["done"].append(name)
+            state["trouble"] |= {name: outside}
+            write_json(path, state)
+    trouble = [[name, *line] for name, lines in state["trouble"].items() for line in lines]
     if trouble:
         print(markdown_table(["row", "number", "now", "recorded band"], trouble))
         sys.exit(1)

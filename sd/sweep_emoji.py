@@ -1,17 +1,20 @@
 """Measure the bundled text-to-image pair: FD-emoji and how well pictures follow their captions, by ratio, alone and together with DeepCache.
 
     python sd/sweep_emoji.py --ratios 0 0.2 0.4 0.6 0.8 1 --out results/sd_emoji.json
-    python sd/sweep_emoji.py --ratios 0 0.4 --cache-intervals 1 3 --out results/sd_cached.json     # pip install --no-deps DeepCache==0.1.1
+    python sd/sweep_emoji.py --ratios 0 0.4 --cache-intervals 1 3 --out results/sd_cached.json     # needs the package DeepCache
 
 Picture i is made from seed + i: its noise, and its caption, that of a drawing of category i modulo 9. "Category right" and "style right" are the shares
-of pictures in which the bundled feature network sees the category and the drawing set of their caption: prompt alignment, as far as a network of nine classes
-can tell. DeepCache (Ma et al. 2024, arXiv:2312.00858) keeps deep features of the large U-Net for N - 1 of N steps; it is flushed where the large U-Net takes
-over. A sweep that was killed goes on with the row that it was at.
+of pictures in which the bundled feature network sees the category and the drawing set of their caption: prompt alignment, as far as a network of nine
+classes can tell. Speed-ups are of whole calls of the pipeline, text encoder and decoder included. DeepCache (Ma et al. 2024, arXiv:2312.00858) keeps deep
+features of the large U-Net for N - 1 of N steps; it is flushed where the large U-Net takes over. A sweep that was killed goes on with the row that it was at.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sd.demo import LETTERS, sample
+from sd.demo import LETTERS, check_steps, sample
 from sd.emoji_text import Caption, join_caption, read_captions
 from sd.sdxl_data import weights_hash
 from sd.tstitch_sd_utils import get_tstitch_pipepline, stitched_unet
@@ -53,7 +56,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     sweep = parser.add_argument_group("what is compared")
     sweep.add_argument("--ratios", type=float, nargs="+", metavar="R", default=[0, 0.2, 0.4, 0.6, 0.8, 1], help="the small model's shares, 0..1, 0 first")
-    sweep.add_argument("--cache-intervals", type=positive_int, nargs="+", metavar="N", default=[1], help="steps from one full step to the next; 1: no cache")
+    sweep.add_argument(
+        "--cache-intervals", type=positive_int, nargs="+", metavar="N", default=[1], help="steps from one full step to the next, 1 (no cache) first"
+    )
     pictures = parser.add_argument_group("sampling")
     pictures.add_argument("--num-images", type=positive_int, default=500, metavar="N", help="pictures of each row, at least 2")
     pictures.add_argument("--num-sampling-steps", type=positive_int, default=20, metavar="N", help="solver steps, 1..1000")
@@ -76,6 +81,8 @@ def choose_captions(args: argparse.Namespace) -> list[Caption]:
     labels = np.asarray(open_features(args.features_path).labels)
     captions = read_captions(args.features_path / "captions.jsonl", len(labels))
     members = [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
+    if not all(len(items) for items in members):
+        raise InputError(f"{args.features_path} has classes without items; extract the features again, from folders that are not empty")
     seeds = range(args.seed, args.seed + args.num_images)
     chosen = [np.random.default_rng(seed).choice(members[seed % len(members)]) for seed in seeds]
     return [captions[k] | {"label": int(labels[k])} for k in chosen]
@@ -94,7 +101,7 @@ def deep_cache(pipe: DiffusionPipeline, interval: int) -> Iterator[None]:
     try:
         from DeepCache import DeepCacheSDHelper
     except ImportError:
-        raise InputError("--cache-intervals above 1 needs the package DeepCache; pip install --no-deps DeepCache==0.1.1") from None
+        raise InputError("--cache-intervals above 1 needs the package DeepCache; pip install DeepCache==0.1.1") from None
     # It counts steps from the first one that the large U-Net takes, and keeps nothing beyond the block.
     helper = DeepCacheSDHelper(SimpleNamespace(unet=stitched_unet(pipe).large, scheduler=pipe.scheduler))
     helper.set_params(cache_interval=interval, cache_branch_id=0)
@@ -144,6 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.ratios[0] != 0 or not all(0 <= ratio <= 1 for ratio in args.ratios):
         raise InputError(f"--ratios are {args.ratios}; begin with 0, the large model alone, which the others are compared with, and stay in 0..1")
+    if args.cache_intervals[0] != 1:
+        raise InputError(f"--cache-intervals are {args.cache_intervals}; begin with 1, no cache, which the others are compared with")
+    if not math.isfinite(args.cfg_scale):
+        raise InputError(f"--cfg-scale must be a finite number, got {args.cfg_scale}")
     if args.num_images < 2:
         raise InputError("FD-emoji needs at least 2 images; pass a larger --num-images")
     if args.seed < 0:
@@ -151,15 +162,20 @@ def main(argv: list[str] | None = None) -> None:
     check_folder(args.out.parent)
     captions = choose_captions(args)
     pipe = get_tstitch_pipepline("emoji", device=parse_device(args.device))
+    check_steps(pipe, [args.num_sampling_steps])
     pipe.set_progress_bar_config(disable=True)
     unet, extractor = stitched_unet(pipe), create_extractor("emoji", pipe.device)
     record: dict[str, Any] = {
         "settings": {"num_steps": args.num_sampling_steps, "cfg_scale": args.cfg_scale, "scheduler": type(pipe.scheduler).__name__},
         "weights": {"S": weights_hash(unet.unets[0]), "L": weights_hash(unet.large), "features": extractor.weights},
-        "seed": args.seed, "num_images": args.num_images, "max_batch": args.max_batch, "metric": METRIC,
+        "captions": hashlib.sha256(json.dumps(captions, sort_keys=True).encode()).hexdigest()[:16],
+        "seed": args.seed, "num_images": args.num_images, "max_batch": args.max_batch, "device": str(pipe.device), "metric": METRIC,
     }  # fmt: skip
-    found = read_json(args.out) if args.out.exists() else {}
-    finished = found.get("rows", []) if all(found.get(key) == value for key, value in record.items()) else []
+    found = read_json(args.out) if args.out.exists() else record
+    differ = [key for key, value in record.items() if found.get(key) != value]
+    if differ:
+        raise InputError(f"{args.out} holds a sweep with other settings ({', '.join(differ)}); remove it or choose another --out")
+    finished = found.get("rows", [])
 
     rows, asked = [], [(ratio, interval) for interval in args.cache_intervals for ratio in args.ratios if interval == 1 or ratio < 1]
     with tqdm(total=len(asked) * len(captions), desc="sampling", unit="picture") as bar:
@@ -167,13 +183,14 @@ def main(argv: list[str] | None = None) -> None:
             known = [row for row in finished if (row["ratio"], row["cache_interval"]) == (ratio, interval)]
             bar.update(len(captions) if known else 0)
             rows += known or [measure_row(pipe, args, captions, extractor, ratio, interval, bar)]
-            write_json(args.out, record | {"rows": rows + [row for row in finished if row not in rows]})
+            others = [row for row in finished if row not in rows]
+            write_json(args.out, record | {"rows": rows + others})
 
     few = min(8, len(captions))
     seconds = measure_seconds([partial(draw, pipe, args, captions, 0, few, *pair) for pair in asked], pipe.device, repeats=5)
     for row, each in zip(rows, seconds, strict=True):
         row |= {"sampling_speed_up": seconds[0] / each, "fd_relative": row["fd_emoji"] / rows[0]["fd_emoji"] - 1}
-    write_json(args.out, record | {"rows": rows})
+    write_json(args.out, record | {"rows": rows + others})
     keys = ["sampling_speed_up", "fd_emoji", "fd_relative", "category_right", "style_right"]
     print(markdown_table(["schedule", *keys], [[row["name"], *(f"{row[key]:.3f}" for key in keys)] for row in rows]))
 

@@ -100,21 +100,31 @@ def test_a_run_that_was_cut_off_goes_on_with_the_row_that_it_was_at(tmp_path: Pa
     rows = [row("first", f"echo x = 3; echo again >> {counted}"), row("second", f"test -e {gate}; echo x = 4")]
     monkeypatch.setattr(run, "read_rows", lambda: {"rows": rows, "data": {"file": "README.md", "commands": []}})
     monkeypatch.setattr(run, "write_documents", lambda document: None)
-    for name, path in (("WORK", tmp_path / "work"), ("STATE", tmp_path / "work" / "state.json"), ("RESULTS", tmp_path / "results.json")):
+    monkeypatch.setattr(run, "git_commit", lambda: "0123abc")
+    for name, path in (("WORK", tmp_path / "work"), ("RESULTS", tmp_path / "results.json")):
         monkeypatch.setattr(run, name, path)
-    with pytest.raises(SystemExit) as stopped:
-        run.main([])
-    assert stopped.value.code == 1
-    assert "a command ended with 1" in capsys.readouterr().out
+
+    def run_with_trouble() -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run.main([])
+        assert stopped.value.code == 1
+        return capsys.readouterr().out
+
+    assert "a command ended with 1" in run_with_trouble()
     gate.touch()
+    run.main(["--only", "second"])  # another run: the first keeps its place
     run.main([])
     assert counted.read_text() == "again\n"
     recorded = read_json(tmp_path / "results.json")
     assert {name: each["values"]["x"]["value"] for name, each in recorded.items()} == {"first": 3, "second": 4}
 
-    rows[0]["emoji"] = ["echo x = 3.5"]  # all rows are recorded: this is a new run
-    with pytest.raises(SystemExit):
-        run.main([])
-    assert "2.85 to 3.15" in capsys.readouterr().out
+    # All rows are done: this is a new run. What left its band in the part that was cut off is named at the end.
+    rows[0]["emoji"] = ["echo x = 3.5"]
+    gate.unlink()
+    assert "2.85 to 3.15" in run_with_trouble()
+    gate.touch()
+    assert "2.85 to 3.15" in run_with_trouble()
+    run.main(["--only", "first", "--new-bands"])
+    assert read_json(tmp_path / "results.json")["first"]["values"]["x"]["low"] == 3.5 * 0.95
     with pytest.raises(InputError, match="no rows third"):
         run.main(["--only", "third"])

@@ -47,6 +47,7 @@ def test_categories_take_turns_and_a_caption_depends_on_its_seed_alone(features:
 
 
 def test_a_cache_changes_pictures_inside_its_block_alone_and_is_empty_at_every_call(features: Path) -> None:
+    pytest.importorskip("DeepCache")
     pipe = get_tstitch_pipepline("emoji", device=torch.device("cpu"))
     pipe.set_progress_bar_config(disable=True)
     captions = [{"names": ["red heart"], "skin_tone": "", "style": "google"}, {"names": ["dog"], "skin_tone": "", "style": "twitter"}]
@@ -90,6 +91,11 @@ def test_a_sweep_that_was_cut_off_keeps_its_rows(features: Path, tmp_path: Path,
     assert rows[0]["fd_relative"] == 0
     assert all(0 <= row[key] <= 1 for row in rows for key in ("category_right", "style_right"))
 
+    sweep_emoji.main(arguments(features, out, "--ratios", "0"))  # fewer rows are asked for: the others stay
+    assert [row["name"] for row in read_json(out)["rows"]] == ["L:100", "S:50 L:50"]
+    with pytest.raises(InputError, match=r"other settings \(captions, seed\)"):
+        sweep_emoji.main([*words, "--seed", "1"])
+
 
 def test_bad_input_is_refused_in_a_sentence_before_any_picture(features: Path, tmp_path: Path) -> None:
     for words, message in (
@@ -97,6 +103,9 @@ def test_bad_input_is_refused_in_a_sentence_before_any_picture(features: Path, t
         (["--ratios", "0", "1.5"], "stay in 0..1"),
         (["--num-images", "1"], "at least 2 images"),
         (["--seed", "-1"], "must not be negative"),
+        (["--cache-intervals", "3", "1"], "begin with 1"),
+        (["--cfg-scale", "nan"], "finite"),
+        (["--num-sampling-steps", "2000"], "--steps 2000"),
         (["--features-path", str(tmp_path / "none")], "none"),
     ):
         with pytest.raises(InputError, match=message):
