@@ -33,7 +33,7 @@ PARTS = {
     "sd": ((8.75, 2.3), 2.1, "SD, SDXL pipelines"),
     "sd/page": ((8.75, 4.05), 2.1, "web page"),
     "benchmarks": ((1.25, 4.05), 2.1, "speed, as ratios"),
-    "experiments": ((3.75, 4.05), 2.1, "EXPERIMENTS.md"),
+    "experiments": ((5.0, 4.05), 2.1, "EXPERIMENTS.md"),
 }
 TOP = ("sd/page", "benchmarks", "experiments")  # they may use all; who uses several backbones has no arrow to the core
 

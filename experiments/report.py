@@ -26,7 +26,7 @@ READMES = ("README.md", "sit/README.md", "ldm/README.md", "sd/README.md")
 
 def read_rows() -> dict[str, Any]:
     """experiments.yaml: a preface, the data that rows need, groups, and the rows in their order."""
-    return OmegaConf.to_container(OmegaConf.load(ROWS))
+    return OmegaConf.to_container(OmegaConf.load(ROWS), resolve=True)
 
 
 def number(value: float) -> str:

@@ -25,7 +25,7 @@ from tstitch.guidance import Denoiser, Guidance, SizedDenoiser
 from tstitch.noise import SampleNoise
 from tstitch.presets import DenoiserFile
 from tstitch.schedule import StitchSchedule
-from tstitch.sweep import UNMEASURED
+from tstitch.sweep import UNMEASURED, BatchSize
 from tstitch.tune import measure_seconds, peak_memory, wait_for
 
 MEASURED_ON_CPU = 8  # most pictures of a call that is measured on a CPU, whose time goes with their number
@@ -76,6 +76,7 @@ class Work:
         flops: of one time.
         seconds: of one time, here.
         before: FLOPs that are done only once, before the first time.
+        busiest: how often the process does it that does it most often; None for an even share.
     """
 
     name: str
@@ -83,11 +84,16 @@ class Work:
     flops: float
     seconds: float
     before: float = 0.0
+    busiest: float | None = None
 
     @property
     def all_flops(self) -> float:
         """FLOPs of the whole run."""
         return 0.0 if self.times is None or not self.times else self.before + self.times * self.flops
+
+    def seconds_among(self, ranks: int) -> float:
+        """Seconds of the whole run, for the busiest of the processes that share it."""
+        return self.seconds * ((self.times or 0) / ranks if self.busiest is None else self.busiest)
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,18 @@ class Files:
     folder: Path
     at_most: bool = False
 
-    def __str__(self) -> str:
-        free = shutil.disk_usage(existing_folder(self.folder)).free
-        enough = "" if free >= self.size else ": NOT ENOUGH"
-        return f"{'at most ' if self.at_most else ''}{show_bytes(self.size)}, {self.what} -> {self.folder} ({show_bytes(free)} free{enough})"
+
+def disk_lines(files: Sequence[Files]) -> list[str]:
+    """What is written where, and whether its disk has room for all that goes onto it."""
+    folders = [existing_folder(file.folder) for file in files]
+    disks = [folder.stat().st_dev for folder in folders]
+    lines = []
+    for file, folder, disk in zip(files, folders, disks, strict=True):
+        free = shutil.disk_usage(folder).free
+        needed = sum(other.size for other, its_disk in zip(files, disks, strict=True) if its_disk == disk)
+        enough = "" if free >= needed else f": NOT ENOUGH for the {show_bytes(needed)} that go there"
+        lines.append(f"{'at most ' if file.at_most else ''}{show_bytes(file.size)}, {file.what} -> {file.folder} ({show_bytes(free)} free{enough})")
+    return lines
 
 
 def _scaled(value: float, units: str, unit: str) -> str:
@@ -141,7 +155,7 @@ def show_plan(about: Sequence[tuple[str, str]], works: Sequence[Work], *, how: s
     rows = [*about]
     known = [work for work in works if work.times is not None]
     total = sum(work.all_flops for work in known)
-    seconds = [(work.name, (work.times or 0) * work.seconds / ranks) for work in known]
+    seconds = [(work.name, work.seconds_among(ranks)) for work in known]
     if len(known) < len(works):
         open_ended = [work for work in works if work.times is None]
         rows.append(("FLOPs", "; ".join(f"{work.name} {show_flops(work.flops)} each time" for work in open_ended) + ", nobody knows how often"))
@@ -151,10 +165,10 @@ def show_plan(about: Sequence[tuple[str, str]], works: Sequence[Work], *, how: s
         of_each = ", ".join(f"{work.name} {show_flops(work.all_flops)}" for work in done) or "nothing is left to do"
         rows.append(("FLOPs", f"{show_flops(total)}: {of_each}"))
         each = ", ".join(f"{name} {show_seconds(spent)}" for name, spent in seconds if spent) or "nothing is left to do"
-        shared = f", on each of {ranks} processes" if ranks > 1 else ""
+        shared = f", the busiest of {ranks} processes" if ranks > 1 else ""
         rows.append(("time", f"about {show_seconds(sum(spent for _, spent in seconds))}{shared}: {each}; {how}"))
     rows.append(("memory", memory))
-    rows += [("disk", str(file)) for file in files] or [("disk", "nothing")]
+    rows += [("disk", line) for line in disk_lines(files)] or [("disk", "nothing")]
     width = max(len(name) for name, _ in rows)
     before = None
     for name, text in rows:
@@ -201,11 +215,11 @@ class Watch:
             hook.remove()
 
 
-def show_memory(device: torch.device, weights: float, kept: float = 0, what: str = "weights") -> str:
-    """Memory after one of each kind of work was done; `what` the bytes of `weights` are."""
+def show_memory(device: torch.device, weights: float, kept: float = 0, what: str = "weights", measured: str = "this was measured") -> str:
+    """Memory after one of each kind of work was done; `what` the bytes of `weights` are, `measured` says of how much work."""
     where = "allocated on the GPU at most" if device.type == "cuda" else "resident at most"
     more = f"; the run keeps about {show_bytes(kept)} more" if kept else ""
-    return f"{show_bytes(peak_memory(device))} {where} while this was measured, {show_bytes(weights)} of it {what}{more}"
+    return f"{show_bytes(peak_memory(device))} {where} while {measured}, {show_bytes(weights)} of it {what}{more}"
 
 
 def picture_bytes(plan: SamplingPlan, num_schedules: int) -> int:
@@ -246,7 +260,7 @@ def plan_sampling(
     output: Sequence[Files],
     *,
     together: int | None = None,
-    left: int | None = None,
+    left: Sequence[int] | None = None,
     ranks: int = 1,
     measured: int = 0,
     prepared: int = 0,
@@ -258,8 +272,9 @@ def plan_sampling(
     Args:
         output: what will be written.
         together: pictures that are walked together; None: all.
-        left: pictures that are still to be made; None: all.
-        measured: evaluations of a picture of each denoiser that the run makes besides, to measure them.
+        left: pictures of each chunk that is still to be made; None: all pictures, by one process.
+        ranks: processes that take turns in taking a chunk.
+        measured: evaluations of a picture of each denoiser that one process makes besides, to measure them.
         prepared: pictures that it decodes besides, to prepare kernels.
         judge: what it does with pictures uint8 (N, 3, H, W) once they are decoded.
         kept: bytes of latents and pictures that the run holds at once.
@@ -270,9 +285,13 @@ def plan_sampling(
         if judge is not None:
             judge(pictures)
 
-    count = len(plan.labels) if left is None else left
-    most = MEASURED_ON_CPU if plan.device.type == "cpu" else UNMEASURED
-    n = min(len(plan.labels), together or len(plan.labels), plan.max_batch or most, most)
+    chunks = [len(plan.labels)] if left is None else left
+    ranks = max(1, min(ranks, len(chunks)))
+    count, share = sum(chunks), max(sum(chunks[rank::ranks]) for rank in range(ranks))
+    together = together or len(plan.labels)
+    most = MEASURED_ON_CPU if plan.device.type == "cpu" else plan.max_batch or UNMEASURED
+    n = min(len(plan.labels), together, plan.max_batch or most, most)
+    called = min(together * len(schedules), plan.max_batch or BatchSize(None, plan.device).largest)  # most pictures in a call of the run
     noise, y = SampleNoise(plan.noise.seeds[:n]), plan.labels[:n].to(plan.device)
     x = noise.latents(denoisers[0].latent_shape, plan.device)
     flops = [_evaluation_flops(plan, denoiser, x, y, noise) for denoiser in denoisers]
@@ -282,10 +301,13 @@ def plan_sampling(
     evaluations, source = _evaluations(plan, denoisers, schedules, x, y, max(each))
     letters = [file.letter for file in files]
     works = [
-        Work(letter, None if evaluations is None else count * evaluations[k] + measured, last, each[k], n * (first - last))
+        Work(letter, None, last, each[k], n * (first - last))
+        if evaluations is None
+        else Work(letter, count * evaluations[k] + measured, last, each[k], n * (first - last), share * evaluations[k] + measured)
         for k, (letter, (first, last)) in enumerate(zip(letters, flops, strict=True))
     ]
-    works.append(Work("decoding" if judge is None else "decoding and features", count * len(schedules) + prepared, finish_flops, finish_seconds / n))
+    finished = "decoding" if judge is None else "decoding and features"
+    works.append(Work(finished, count * len(schedules) + prepared, finish_flops, finish_seconds / n, busiest=share * len(schedules) + prepared))
     counts = [parameter_count(denoiser) for denoiser in denoisers]
     weights = sum(counts) * torch.finfo(plan.dtype).bits / 8 + module_bytes(autoencoder.vae)
     names = [schedule.describe(letters) for schedule in schedules]
@@ -296,14 +318,14 @@ def plan_sampling(
         [
             *(("models", f"{file.letter}: {file.model}, {number / 1e6:.3g} M parameters, {file.path}") for file, number in zip(files, counts, strict=True)),
             ("", f"autoencoder: {autoencoder.source}") if autoencoder.source != PIXELS else ("", "no autoencoder: pixels"),
-            ("pictures", pictures + ("" if left is None or left == len(seeds) else f", {left} of them are left to be made")),
+            ("pictures", pictures + ("" if count == len(seeds) else f", {count} of them are left to be made")),
             ("schedules", f"{len(names)}: {', '.join(names[:SHOWN])}" + (", ..." if len(names) > SHOWN else "")),
             ("sampling", _sampling_words(plan)),
             ("evaluations", f"{_listed(letters, evaluations)} a picture{doubled}, {source}"),
         ],
         works,
         how=f"an estimate from {n} picture{'s' if n > 1 else ''} at once on {plan.device}, without loading and writing",
-        memory=show_memory(plan.device, weights, kept),
+        memory=show_memory(plan.device, weights, kept, measured=f"calls of {n} pictures were measured, of the run's up to {called}"),
         files=output,
         ranks=ranks,
     )

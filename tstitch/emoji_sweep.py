@@ -113,10 +113,14 @@ def sweep(
     left = ranks.gather(sorted(set(range(len(chunks))) - finished_chunks(args.work_dir)) if main else None)[0]
     if plan.dry_run:
         if main:
-            output = [Files("sums of features, once for each process", sums.nbytes, args.work_dir), Files("results and a picture", 2e5, args.out.parent, True)]
+            busy = max(1, min(ranks.size, len(left)))
+            output = [
+                Files("sums of features" + f" of {busy} processes" * (busy > 1), busy * sums.nbytes, args.work_dir),
+                Files("results and a picture", 2e5, args.out.parent, at_most=True),
+            ]
             plan_sampling(
-                plan, denoisers, files, schedules, autoencoder, output, together=args.chunk, left=sum(len(chunks[c]) for c in left), judge=extractor.measure,
-                ranks=max(1, min(ranks.size, len(left))), measured=MEASURED_PICTURES * (MEASURED_REPEATS + 1),
+                plan, denoisers, files, schedules, autoencoder, output, together=args.chunk, left=[len(chunks[c]) for c in left], judge=extractor.measure,
+                ranks=ranks.size, measured=MEASURED_PICTURES * (MEASURED_REPEATS + 1),
             )  # fmt: skip
         return []
     with tqdm(total=len(chunks), initial=len(chunks) - len(left), desc=f"{len(schedules)} schedules", unit="chunk", disable=not main) as bar:

@@ -347,7 +347,7 @@ def _plan_generation(
         output.append(Files("PNGs", len(schedules) * pixels, args.sample_dir, at_most=True))
     plan_sampling(
         plan, denoisers, files, list(schedules.values()), autoencoder, output, together=args.per_proc_batch_size,
-        left=sum(len(folder.chunks[chunk]) for chunk in left), ranks=min(ranks, len(left)),
+        left=[len(folder.chunks[chunk]) for chunk in left], ranks=ranks,
         kept=WAITING_CHUNKS * len(schedules) * args.per_proc_batch_size * plan.image_size**2 * 3,
     )  # fmt: skip
 
