@@ -124,10 +124,11 @@ def fill_places(text: str, document: dict[str, Any], results: dict[str, Any]) ->
     return re.sub(r"(<!-- (sweep|outcomes): ([^>]+) -->\n).*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
-def write_documents(document: dict[str, Any]) -> None:
-    """Write EXPERIMENTS.md and the READMEs' tables from what is recorded."""
+def write_documents(document: dict[str, Any]) -> list[str]:
+    """Write EXPERIMENTS.md and the READMEs' tables from what is recorded; the names of the files."""
     results = read_json(RESULTS) if RESULTS.exists() else {}
     texts = {DOCUMENT: render(document, results)} | {ROOT / name: fill_places((ROOT / name).read_text(), document, results) for name in READMES}
     for path, text in texts.items():
         with atomic_path(path) as temporary:
             temporary.write_text(text)
+    return [str(path.relative_to(ROOT)) for path in texts]

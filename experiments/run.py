@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     group = parser.add_argument_group("what is run")
     group.add_argument("--only", nargs="+", metavar="ROW", help="these rows alone")
-    group.add_argument("--render", action="store_true", help="run nothing; write the documents from what is recorded")
+    group.add_argument("--render", action="store_true", help="run nothing; write EXPERIMENTS.md and the tables in the READMEs from what is recorded")
     group.add_argument("--new-bands", action="store_true", help="lay the bands of the rows that are run around their new values")
     return parser.parse_args(argv)
 
@@ -92,16 +92,21 @@ def begin(rows: list[dict[str, Any]], *, new_bands: bool) -> tuple[Path, dict[st
     return path, {"asked": asked, "commit": commit, "done": [], "seconds": {}, "trouble": {}}
 
 
-def prepare(document: dict[str, Any]) -> None:
-    """Make the data that some rows need, where it is not there.
+def prepare(data: dict[str, Any]) -> None:
+    """Make the data that some rows need, where it is not there; a stage that was finished before is not run again.
+
+    Args:
+        data: `stages` of experiments.yaml, each with a `command` and the `file` that it ends with.
 
     Raises:
-        InputError: if that fails.
+        InputError: if a stage fails.
     """
-    if not (ROOT / document["data"]["file"]).exists():
-        log = WORK / "data.txt"
-        if execute({"emoji": document["data"]["commands"]}, log):
-            raise InputError(f"the emoji data could not be made; {log} says why")
+    log = WORK / "data.txt"
+    for stage in data["stages"]:
+        if not (ROOT / stage["file"]).exists():
+            print(f"some rows need the emoji data: {stage['command']}, a few minutes; {log} has its progress", file=sys.stderr)
+            if execute({"emoji": [stage["command"]]}, log):
+                raise InputError(f"the emoji data could not be made; {log} says why")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,11 +120,13 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"no rows {', '.join(sorted(unknown))} with commands in {ROWS.name}; choose from {', '.join(row['id'] for row in rows)}")
         rows = [row for row in rows if row["id"] in args.only]
     if args.render:
-        write_documents(document)
+        missing = [row["id"] for row in rows if row["id"] not in (read_json(RESULTS) if RESULTS.exists() else {})]
+        print(f"wrote {', '.join(write_documents(document))}" + (f"; not recorded: {', '.join(missing)}" if missing else ""))
         return
     check_folder(WORK)
     WORK.mkdir(parents=True, exist_ok=True)
-    prepare(document)
+    if any(row.get("needs_data") for row in rows):
+        prepare(document["data"])
     path, state = begin(rows, new_bands=args.new_bands)
     machine = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     with tqdm(rows, unit="row") as bar:

@@ -98,7 +98,7 @@ def test_a_run_that_was_cut_off_goes_on_with_the_row_that_it_was_at(tmp_path: Pa
         return {"id": name, "emoji": [command], "read": [{"printed": {"x": r"x = ([\d.]+)"}}]}
 
     rows = [row("first", f"echo x = 3; echo again >> {counted}"), row("second", f"test -e {gate}; echo x = 4")]
-    monkeypatch.setattr(run, "read_rows", lambda: {"rows": rows, "data": {"file": "README.md", "commands": []}})
+    monkeypatch.setattr(run, "read_rows", lambda: {"rows": rows})
     monkeypatch.setattr(run, "write_documents", lambda document: None)
     monkeypatch.setattr(run, "git_commit", lambda: "0123abc")
     for name, path in (("WORK", tmp_path / "work"), ("RESULTS", tmp_path / "results.json")):
@@ -126,5 +126,11 @@ def test_a_run_that_was_cut_off_goes_on_with_the_row_that_it_was_at(tmp_path: Pa
     assert "2.85 to 3.15" in run_with_trouble()
     run.main(["--only", "first", "--new-bands"])
     assert read_json(tmp_path / "results.json")["first"]["values"]["x"]["low"] == 3.5 * 0.95
+    made = tmp_path / "made"
+    data = {"stages": [{"file": str(made), "command": f"echo once >> {made}"}, {"file": str(tmp_path / "never"), "command": "false"}]}
+    for _ in range(2):
+        with pytest.raises(InputError, match="could not be made"):
+            run.prepare(data)
+    assert made.read_text() == "once\n"
     with pytest.raises(InputError, match="no rows third"):
         run.main(["--only", "third"])

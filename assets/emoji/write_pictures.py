@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = new_parser(__doc__)
     parser.add_argument("--data", type=Path, default=ROOT / "assets" / "emoji" / "sample64.npz", help="drawings, as build_dataset.py writes them")
-    parser.add_argument("--out", type=Path, default=Path("data/my_pictures"), help="folder to write: CLASS/NUMBER-NAME.png, 64x64 pixels")
+    parser.add_argument("--out", type=Path, default=Path("data/my_pictures"), help="folder to write: LABEL-CLASS/NUMBER-NAME.png, 64x64 pixels")
     parser.add_argument("--split", action="store_true", help="write OUT/train and OUT/validation, the drawings that are held out from training")
     return parser.parse_args(argv)
 
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     check_folder(args.out)
     drawings = [drawing for part, folder in parts for drawing in zip(part.images, part.labels.tolist(), part.names, [folder] * len(part.names), strict=True)]
     for number, (image, label, name, folder) in enumerate(tqdm(drawings, desc="write", unit="picture")):
-        # Numbered, since both drawing sets hold a drawing of each name.
-        save_image(folder / plain(EMOJI_CLASSES[label]) / f"{number:04d}-{plain(name)}.png", Image.fromarray(image.permute(1, 2, 0).numpy()))
+        # Numbered: classes so that their order by name is that of the bundled models, drawings since both drawing sets hold one of each name.
+        save_image(folder / f"{label}-{plain(EMOJI_CLASSES[label])}" / f"{number:04d}-{plain(name)}.png", Image.fromarray(image.permute(1, 2, 0).numpy()))
     print(f"{len(drawings)} pictures of {len({label for _, label, *_ in drawings})} classes -> {args.out}")
 
 
