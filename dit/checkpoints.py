@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from dit.inference import InferenceDiT, prepare_for_inference
 from dit.models import DiT, DiT_models
 from tstitch.checkpoints import read_checkpoint
-from tstitch.checkpoints.convert import as_sized
+from tstitch.checkpoints.convert import as_sized, build_named
 from tstitch.cli import SamplingPlan
 from tstitch.errors import InputError
 from tstitch.presets import DenoiserFile
@@ -24,17 +24,6 @@ EMOJI_SIZES: dict[str, dict[str, Any]] = {
     "emoji-large": {"patch_size": 2, "hidden_size": 224, "depth": 6, "num_heads": 4},
 }
 DIT_CONFIGS: dict[str, Callable[..., DiT]] = DiT_models | {name: partial(DiT, **size) for name, size in EMOJI_SIZES.items()}
-
-
-def build_named(models: Mapping[str, Callable[..., DiT]], name: str, **arguments: Any) -> Any:  # noqa: ANN401  (one of `models`, its arguments)
-    """Make an untrained model of a named size.
-
-    Raises:
-        InputError: if the name is unknown or the arguments do not fit together.
-    """
-    if name not in models:
-        raise InputError(f"unknown model '{name}'; choose from {', '.join(models)}")
-    return models[name](**arguments)
 
 
 def build_dit(name: str, **arguments: Any) -> DiT:  # noqa: ANN401  (the arguments of DiT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
@@ -79,10 +80,42 @@ class Experiment:
     @property
     def steps_left(self) -> int | None:
         """Optimizer steps until the run ends; None where no end was named, or only a time."""
-        trainer, data = self.trainer, self.data
-        epoch = max(1, len(data.train) // (data.batch_size * trainer.world_size * trainer.accumulate_grad_batches))
+        trainer = self.trainer
+        epoch = math.ceil(self.epoch_batches / trainer.accumulate_grad_batches)
         ends = [trainer.max_steps] * (trainer.max_steps > 0) + [epoch * (trainer.max_epochs or 0)] * ((trainer.max_epochs or -1) > 0)
         return max(0, min(ends) - self.step) if ends else None
+
+    @property
+    def epoch_batches(self) -> int:
+        """Batches of an epoch, of each process: those of `StepLoader`, or as many as limit_train_batches lets through."""
+        trainer, limit = self.trainer, self.trainer.limit_train_batches
+        accumulation = trainer.accumulate_grad_batches
+        batches = max(1, len(self.data.train) // (self.data.batch_size * trainer.world_size * accumulation)) * accumulation
+        return batches if limit is None else min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    @property
+    def validations_left(self) -> int | None:
+        """Most validations until the run ends; None where nobody knows."""
+        trainer, left = self.trainer, self.steps_left
+        interval = trainer.val_check_interval
+        if self.data.validation is None:
+            return 0
+        if left is None or not isinstance(interval, int | float):
+            return None
+        between = interval if isinstance(interval, int) else max(1, int(self.epoch_batches * interval))
+        between *= trainer.check_val_every_n_epoch or 1
+        before, after = (step * trainer.accumulate_grad_batches // between for step in (self.step, self.step + left))
+        return after - before
+
+    def _planned_checkpoints(self, size: float) -> list[Files]:
+        """Checkpoints of `size` bytes that will be in the folder at the end: the last one, and the best or all of those that validations make."""
+        if self.trainer.fast_dev_run:
+            return []
+        most, validations = sum(best.save_top_k for best in self.trainer.checkpoint_callbacks if isinstance(best, ModelCheckpoint)), self.validations_left
+        if most < 0 and validations is None:
+            return [Files("last.ckpt and the log; every validation leaves a checkpoint of that size too", size, self.folder)]
+        kept = 1 + (most if validations is None else validations if most < 0 else min(most, validations))
+        return [Files(f"{kept} checkpoint{'s' if kept > 1 else ''} of {show_bytes(size)} each, and the log", kept * size, self.folder, at_most=True)]
 
     def plan(self, export: Path | None) -> None:
         """Answer --dry-run: measure a step, print what training will cost; nothing is written.
@@ -112,15 +145,15 @@ class Experiment:
         works, how = plan_training(take, self.data.batch_size, times=times, device=device, processes=trainer.world_size)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         size = module_bytes(model) + 8 * trained
-        kept = 1 + sum(getattr(callback, "save_top_k", 0) for callback in trainer.checkpoint_callbacks)
-        files = [Files(f"{kept} checkpoints of {show_bytes(size)} each, and the log", kept * size, self.folder)]
+        files = self._planned_checkpoints(size)
         if export is not None:
             files.append(Files("exported weights", 2 * sum(parameter.numel() for parameter in model.averaged.parameters()), export.parent))
         if trainer.is_global_zero:
             said = "no last step" if left is None else f"{left} steps are left"
             show_plan(
                 [("training", f"{said}, {parts} parts of {self.data.batch_size} items each; the losses of a discriminator are not in the figures")],
-                works, how=how, memory=training_memory(device, size + 4 * trained), files=files, ranks=trainer.world_size,
+                works, how=how + ", with drawing its batch but without validation, previews and writing",
+                memory=training_memory(device, size + 4 * trained), files=files, ranks=trainer.world_size,
             )  # fmt: skip
 
     def fit(self, export: Path | None) -> None:

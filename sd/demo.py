@@ -27,7 +27,20 @@ from sd.sdxl_data import weights_hash
 from sd.stitched_unet import steps_of_calls
 from sd.tstitch_sd_utils import LARGE_SDXL, OFFLOADS, get_tstitch_pipepline_sdxl_controlnet, load_lora, read_ratio, stitched_unet
 from tstitch.checkpoints import first_line
-from tstitch.cli import DTYPES, MACHINE, MODELS, OUTPUT, STITCHING, add_dry_run_arg, help_group, new_parser, parse_device, positive_int
+from tstitch.cli import (
+    DTYPES,
+    MACHINE,
+    MODELS,
+    OUTPUT,
+    SAMPLED,
+    SAMPLING,
+    STITCHING,
+    add_dry_run_arg,
+    help_group,
+    new_parser,
+    parse_device,
+    positive_int,
+)
 from tstitch.dry_run import Files, Watch, Work, flop_counter, module_bytes, show_memory, show_plan
 from tstitch.errors import InputError
 from tstitch.files import check_folder, read_json, write_json
@@ -39,7 +52,6 @@ from tstitch.sweep import owners_of
 
 RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 LETTERS = ("S", "L")  # small, large
-SAMPLED, SAMPLING = "what is sampled", "sampling"
 CELL = 256  # pixels of a picture in the grid, at most
 Pictures = list[Image.Image]
 
@@ -300,7 +312,50 @@ def run_demo(
 
 def plan_demo(pipe: DiffusionPipeline, plan: DemoPlan, prepare: Callable[[], None], together: int, strength: float | None) -> None:
     """Answer --dry-run, from the short calls that prepare a run, each of `together` pictures."""
-    unet, device = stitched_unet(pipe), plan.loading["device"]
+    unet, device, count = stitched_unet(pipe), plan.loading["device"], len(plan.seeds)
+    legs = {ratio: planned_legs(pipe, ratio, plan.steps, strength) for ratio in plan.ratios}
+    modules, works = measure_calls(pipe, device, prepare, together, [(count, calls) for _, calls in legs.values()], prepared=1)
+    width, height = plan.pixels(pipe)
+    size = 2 * count * len(plan.ratios) * width * height * 3
+    show_plan(
+        [
+            *model_lines(modules),
+            ("pictures", f"{count} of {width}x{height} for each ratio, at most {plan.max_batch} at once, seeds {plan.seeds[0]} to {plan.seeds[-1]}"),
+            ("schedules", ", ".join(f"{ratio:g}: {'/'.join(map(str, steps))}" for ratio, (steps, _) in legs.items()) + " steps small/large"),
+            ("sampling", f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, guidance {plan.guidance:g}; {unet.dtype} on {device}"),
+        ],
+        works,
+        how=f"an estimate from {together} picture{'s' if together > 1 else ''} at once, without loading and writing",
+        memory=show_memory(device, pipeline_bytes(pipe), size),
+        files=[Files("pictures, grid.png and results.json", size, plan.folder, at_most=True)],
+    )
+
+
+def model_lines(modules: Mapping[str, torch.nn.Module]) -> list[tuple[str, str]]:
+    """A line of a plan for each network."""
+    return [
+        ("models", f"{name}: {sum(p.numel() for p in module.parameters()) / 1e6:.4g} M parameters, {module.config._name_or_path}")
+        for name, module in modules.items()
+    ]
+
+
+def pipeline_bytes(pipe: DiffusionPipeline) -> float:
+    """Bytes of all networks of a pipeline."""
+    return sum(module_bytes(part) for part in pipe.components.values() if isinstance(part, torch.nn.Module))
+
+
+def measure_calls(
+    pipe: DiffusionPipeline, device: torch.device, prepare: Callable[[], object], together: int, calls: Sequence[tuple[int, Sequence[int]]], *,
+    prepared: int = 0,
+) -> tuple[dict[str, torch.nn.Module], list[Work]]:  # fmt: skip
+    """The networks that a pipeline calls, and what its calls cost.
+
+    Args:
+        prepare: makes two calls of `together` pictures, one of the small U-Net alone and one of the large.
+        calls: pictures of each schedule, and the calls of every U-Net for one of them.
+        prepared: how often the run calls `prepare` too.
+    """
+    unet = stitched_unet(pipe)
     names = [LETTERS[0], *(f"{LETTERS[0]}{k}" for k in range(2, len(unet.unets))), LETTERS[1]]
     modules = dict(zip(names, unet.unets, strict=True)) | ({"ControlNet": pipe.controlnet} if getattr(pipe, "controlnet", None) else {})
     with flop_counter() as counter, Watch(modules, device, counter) as counted:
@@ -309,38 +364,20 @@ def plan_demo(pipe: DiffusionPipeline, plan: DemoPlan, prepare: Callable[[], Non
         began = time.perf_counter()
         prepare()
         rest = time.perf_counter() - began - sum(timed.seconds.values())
-    legs = {ratio: planned_legs(pipe, ratio, plan.steps, strength) for ratio in plan.ratios}
-    calls = {name: sum(calls_of[k] for _, calls_of in legs.values()) for k, name in enumerate(names)}
-    calls |= {name: sum(calls.values()) for name in modules if name not in calls}
-    count = len(plan.seeds)
+    times = {name: sum(count * each[k] for count, each in calls) for k, name in enumerate(names)}
+    times |= {name: sum(times.values()) for name in modules if name not in times}
     works = [
         Work(
             name,
-            count * calls[name] + together * counted.calls[name],
+            times[name] + prepared * together * counted.calls[name],
             *(spent[name] / (together * max(1, counted.calls[name])) for spent in (counted.flops, timed.seconds)),
         )
         for name in modules
     ]
     other = counter.get_total_flops() - sum(counted.flops.values())
-    works.append(Work("text and decoding", count * len(plan.ratios) + 2 * together, other / (2 * together), rest / (2 * together)))
-    width, height = plan.pixels(pipe)
-    size = 2 * count * len(plan.ratios) * width * height * 3
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    show_plan(
-        [
-            *(
-                ("models", f"{name}: {sum(p.numel() for p in module.parameters()) / 1e6:.4g} M parameters, {module.config._name_or_path}")
-                for name, module in modules.items()
-            ),
-            ("pictures", f"{count} of {width}x{height} for each ratio, at most {plan.max_batch} at once, seeds {plan.seeds[0]} to {plan.seeds[-1]}"),
-            ("schedules", ", ".join(f"{ratio:g}: {'/'.join(map(str, steps))}" for ratio, (steps, _) in legs.items()) + " steps small/large"),
-            ("sampling", f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, guidance {plan.guidance:g}; {unet.dtype} on {device}"),
-        ],
-        works,
-        how=f"an estimate from {together} picture{'s' if together > 1 else ''} at once, without loading and writing",
-        memory=show_memory(device, sum(map(module_bytes, parts)), size),
-        files=[Files("pictures, grid.png and results.json", size, plan.folder, at_most=True)],
-    )
+    pictures = sum(count for count, _ in calls) + prepared * 2 * together
+    works.append(Work("text and decoding", pictures, other / (2 * together), rest / (2 * together)))
+    return modules, works
 
 
 def planned_legs(pipe: DiffusionPipeline, ratio: float, num_steps: int, strength: float | None = None) -> tuple[list[int], list[int]]:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sd.demo import SAMPLED, SAMPLING, add_picture_arg, demo_parser, demo_plan, load_pipeline, read_picture, run_demo
+from sd.demo import add_picture_arg, demo_parser, demo_plan, load_pipeline, read_picture, run_demo
 from sd.tstitch_sd_utils import get_tstitch_pipepline, stitch
-from tstitch.cli import help_group, run
+from tstitch.cli import SAMPLED, SAMPLING, help_group, run
 from tstitch.errors import InputError
 
 if TYPE_CHECKING:

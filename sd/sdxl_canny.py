@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from sd.demo import SAMPLED, controlnet_parser, demo_plan, run_controlnet_demo
-from tstitch.cli import help_group, run
+from sd.demo import controlnet_parser, demo_plan, run_controlnet_demo
+from tstitch.cli import SAMPLED, help_group, run
 
 PROMPT = "aerial view of a research station in the ice, cinematic, highly detailed"
 

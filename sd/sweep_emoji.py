@@ -29,12 +29,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sd.demo import LETTERS, check_steps, sample
+from sd.demo import LETTERS, check_steps, measure_calls, model_lines, pipeline_bytes, planned_legs, sample
 from sd.emoji_text import Caption, join_caption, read_captions
 from sd.sdxl_data import weights_hash
 from sd.tstitch_sd_utils import get_tstitch_pipepline, stitched_unet
-from tstitch.cli import new_parser, parse_device, positive_int, run
+from tstitch.cli import add_dry_run_arg, new_parser, parse_device, positive_int, run
 from tstitch.data import open_features
+from tstitch.dry_run import MEASURED_ON_CPU, Files, Work, count_flops, show_memory, show_plan
 from tstitch.emoji_sweep import METRIC
 from tstitch.errors import InputError
 from tstitch.files import check_folder, read_json, write_json
@@ -48,6 +49,7 @@ from tstitch.tune import measure_seconds
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+MEASURED_PICTURES, MEASURED_REPEATS = 8, 5
 STYLES = ("google", "twitter")  # the drawing sets of the feature network, in its order
 
 
@@ -69,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--features-path", type=Path, default=Path("data/emoji/features"), help="features with captions.jsonl, which the captions come from")
     files.add_argument("--out", type=Path, default=Path("results/sd-emoji-sweep.json"), help="results file to write")
+    add_dry_run_arg(parser)
     return parser.parse_args(argv)
 
 
@@ -146,6 +149,43 @@ def measure_row(
     }
 
 
+def plan_sweep(
+    pipe: DiffusionPipeline, args: argparse.Namespace, captions: Sequence[Caption], extractor: EmojiExtractor, asked: Sequence[tuple[float, int]],
+    finished: Sequence[tuple[float, int]],
+) -> None:  # fmt: skip
+    """Answer --dry-run: what the rows that are left, and the clock of all, will cost. `asked` and `finished` are pairs of ratio and cache interval."""
+    together, device = min(args.max_batch, len(captions), MEASURED_ON_CPU if pipe.device.type == "cpu" else args.max_batch), pipe.device
+    short = argparse.Namespace(**vars(args) | {"num_sampling_steps": min(2, args.num_sampling_steps)})
+
+    def prepare() -> list[torch.Tensor]:
+        return [draw(pipe, short, captions, 0, together, ratio, 1) for ratio in (0.0, 1.0)]
+
+    def judge() -> None:
+        extractor.measure(pictures)
+        with torch.no_grad():
+            extractor.network(pictures.to(extractor.device))
+
+    pictures, left = prepare()[0], [pair for pair in asked if pair not in finished]
+    legs = {ratio: planned_legs(pipe, ratio, args.num_sampling_steps) for ratio in args.ratios}
+    timed = min(MEASURED_PICTURES, len(captions)) * (MEASURED_REPEATS + 1)
+    calls = [(timed + len(captions) * (pair in left), legs[pair[0]][1]) for pair in asked]
+    modules, works = measure_calls(pipe, device, prepare, together, calls)
+    (seconds,) = measure_seconds([judge], device, 2)
+    works.append(Work("features", len(left) * len(captions), count_flops(judge) / together, seconds / together))
+    cached = ", DeepCache counted as if it kept nothing" if max(args.cache_intervals) > 1 else ""
+    show_plan(
+        [
+            *model_lines(modules),
+            ("pictures", f"{len(captions)} of each of {len(asked)} rows, of which {len(left)} are left, at most {args.max_batch} at once"),
+            ("schedules", ", ".join(f"{ratio:g}: {'/'.join(map(str, steps))}" for ratio, (steps, _) in legs.items()) + " steps small/large"),
+        ],
+        works,
+        how=f"an estimate from {together} pictures at once on {device}, without loading and writing{cached}",
+        memory=show_memory(device, pipeline_bytes(pipe), size=f" at {together} of {args.max_batch} pictures a call" if together < args.max_batch else ""),
+        files=[Files("results", 1e5, args.out.parent, at_most=True)],
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure the rows that are missing, then their speed side by side."""
     args = parse_args(argv)
@@ -178,6 +218,9 @@ def main(argv: list[str] | None = None) -> None:
     finished = found.get("rows", [])
 
     rows, asked = [], [(ratio, interval) for interval in args.cache_intervals for ratio in args.ratios if interval == 1 or ratio < 1]
+    if args.dry_run:
+        plan_sweep(pipe, args, captions, extractor, asked, [(row["ratio"], row["cache_interval"]) for row in finished])
+        return
     with tqdm(total=len(asked) * len(captions), desc="sampling", unit="picture") as bar:
         for ratio, interval in asked:
             known = [row for row in finished if (row["ratio"], row["cache_interval"]) == (ratio, interval)]
@@ -186,8 +229,8 @@ def main(argv: list[str] | None = None) -> None:
             others = [row for row in finished if row not in rows]
             write_json(args.out, record | {"rows": rows + others})
 
-    few = min(8, len(captions))
-    seconds = measure_seconds([partial(draw, pipe, args, captions, 0, few, *pair) for pair in asked], pipe.device, repeats=5)
+    few = min(MEASURED_PICTURES, len(captions))
+    seconds = measure_seconds([partial(draw, pipe, args, captions, 0, few, *pair) for pair in asked], pipe.device, repeats=MEASURED_REPEATS)
     for row, each in zip(rows, seconds, strict=True):
         row |= {"sampling_speed_up": seconds[0] / each, "fd_relative": row["fd_emoji"] / rows[0]["fd_emoji"] - 1}
     write_json(args.out, record | {"rows": rows + others})

@@ -196,8 +196,11 @@ def plan_run(
         take()
 
     left, processes = args.max_train_steps - start, accelerator.num_processes
+    moment = 1 if args.use_8bit_adam else 4
     works, how = plan_training(take_part, args.train_batch_size, times=left * losses.num_parts, device=accelerator.device, processes=processes)
-    files = checkpoint_files_of(small, args.output_dir, steps=left, every=args.checkpointing_steps, keep=args.checkpoints_total_limit)
+    files = checkpoint_files_of(
+        small, args.output_dir, steps=left, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, moment=moment
+    )  # fmt: skip
     files += [Files("unet_small", module_bytes(small), args.output_dir), Files("encoded pictures and captions", data.nbytes, data.cache)]
     if accelerator.is_main_process:
         show_plan(
@@ -207,7 +210,8 @@ def plan_run(
                 ("data", f"{len(data)} pictures, of which {len(data.pictures_left)}, and {data.captions_left} captions, have to be encoded first"),
                 ("training", f"{left} steps of {losses.num_parts} parts of {args.train_batch_size} pictures, ratio {args.ratio:g}, on {processes} processes"),
             ],
-            works, how=how + " and without encoding", memory=training_memory(accelerator.device, training_bytes(small)), files=files, ranks=processes,
+            works, how=how + ", without encoding, loading, previews and writing", files=files, ranks=processes,
+            memory=training_memory(accelerator.device, training_bytes(small, moment)),
         )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from dit.checkpoints import build_named
 from dit.inference import prepare_for_inference
 from dit.models import DiT
 from sit.bridge import Bridge, Diffusion, Flow
@@ -20,7 +19,7 @@ from sit.flows import flow_walker
 from sit.models import SiT, SiT_models
 from sit.transport import Transport, create_transport
 from tstitch.checkpoints import Checkpoint, read_checkpoint
-from tstitch.checkpoints.convert import as_sized
+from tstitch.checkpoints.convert import as_sized, build_named
 from tstitch.cli import SamplingPlan
 from tstitch.errors import InputError
 from tstitch.guidance import Denoiser
@@ -35,7 +34,7 @@ SIT_CONFIGS: dict[str, Callable[..., SiT]] = SiT_models | {name: partial(SiT, **
 
 
 def build_sit(name: str, **arguments: Any) -> SiT:  # noqa: ANN401  (the arguments of SiT)
-    """`dit.checkpoints.build_named` of SIT_CONFIGS."""
+    """`build_named` of SIT_CONFIGS."""
     return build_named(SIT_CONFIGS, name, **arguments)
 
 

@@ -6,8 +6,13 @@ import argparse
 import importlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,15 +25,31 @@ from dit import extract_features, sample, sample_ddp, sample_ddp_t_stitch, sampl
 from dit import train as dit_train
 from ldm.scripts import sample_imagenet_32_t_stitch, sample_imagenet_ddp_t_stitch
 from sd import sd_demo, sdxl_canny, train_sdxl_tstitch, train_text_to_image
+from sd import sweep_emoji as sd_sweep
 from sit import sample as sit_sample
 from sit import sample_ddp as sit_sample_ddp
 from sit import sample_t_stitch as sit_stitch
 from sit import sweep_emoji as sit_sweep
 from sit import train as sit_train
+from tstitch import dry_run, generate, training_cli
+from tstitch.autoencoder import Autoencoder
 from tstitch.cli import run
 from tstitch.data import write_features
-from tstitch.dry_run import count_flops, flop_counter, plan_training, show_bytes, show_flops, show_seconds
+from tstitch.dry_run import (
+    Files,
+    count_flops,
+    disk_lines,
+    flop_counter,
+    module_bytes,
+    plan_sampling,
+    plan_training,
+    show_bytes,
+    show_flops,
+    show_plan,
+    show_seconds,
+)
 from tstitch.presets import ROOT
+from tstitch.training_cli import training_plan
 
 SCRIPTS = [
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
@@ -37,7 +58,7 @@ SCRIPTS = [
     if "\n    run(main)" in path.read_text()
 ]
 QUICK_ANYWAY = {"dit.evaluator", "ldm.evaluator", "dit.plot_runs", "sit.plot_sweeps", "dit.similarity", "dit.visualize_sampling_freq", "sd.gradio_demo"}
-NO_PLAN = QUICK_ANYWAY | {"dit.tune", "sit.tune", "ldm.scripts.tune", "sd.sweep_emoji"}  # a tuner's answer is a plan
+NO_PLAN = QUICK_ANYWAY | {"dit.tune", "sit.tune", "ldm.scripts.tune"}  # a tuner's answer is a plan
 EMOJI = ["--preset", "emoji", "--device", "cpu", "--dry-run"]
 QUICK = [*EMOJI, "--num-sampling-steps", "5"]
 
@@ -165,6 +186,42 @@ def test_bytes_and_flops_of_a_generator_are_those_of_the_run(planned: Callable, 
     assert number(said["disk"][0]) == pytest.approx(sum(path.stat().st_size for path in (tmp_path / "out").glob("*.npz")), rel=0.01)
 
 
+def test_a_plan_is_of_the_busiest_process_and_says_how_large_its_calls_were(planned: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, Any] = {}
+
+    def shared(*arguments: object, **more: object) -> None:
+        plan_sampling(*arguments, **more | {"ranks": 2, "measured": 10})
+
+    monkeypatch.setattr(generate, "plan_sampling", shared)
+    monkeypatch.setattr(dry_run, "show_plan", lambda about, works, **more: shown.update(more, works=works) or show_plan(about, works, **more))
+    monkeypatch.setattr(dry_run, "peak_memory", lambda device: 3e9)
+    said = planned(sample_ddp.main, *QUICK, "--num-fid-samples", "30", "--per-proc-batch-size", "12", "--sample-dir", "out")
+    walked, decoded = shown["works"]  # chunks of 12, 12 and 6: one process has the first and the last, and measures
+    assert (walked.times, walked.busiest) == (30 * 5 + 10, 18 * 5 + 10) and (decoded.times, decoded.busiest) == (30, 18)
+    seconds = (18 * 5 + 10) * walked.seconds + 18 * decoded.seconds
+    assert said["time"][0].startswith(f"about {show_seconds(seconds)}, the busiest of 2 processes: ")
+    assert said["memory"][0].startswith("3 GB resident at most while this was measured at 8 of up to 12 pictures a call, ")
+    weights = 4e6 * float(re.search(r"([\d.]+) M parameters", said["models"][0]).group(1)) + module_bytes(
+        Autoencoder(str(ROOT / "pretrained_models/emoji/vae"), "cpu").vae
+    )
+    assert number(said["memory"][0].split("a call, ")[1]) == pytest.approx(weights, rel=0.01)
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_together_print_one_plan(tmp_path: Path, features: Path) -> None:
+    sampling = ["--num-sampling-steps", "2", "--device", "cpu", "--dry-run"]
+    training = ["--features-path", str(features), "--model", "emoji-small", "--max-steps", "3", "--global-batch-size", "8", "--dry-run"]
+    for script, *words in (
+        ("dit/sample_ddp.py", "--preset", "emoji", "--num-fid-samples", "6", "--per-proc-batch-size", "2", "--sample-dir", "out", *sampling),
+        ("dit/sweep_emoji.py", "--ratios", "0", "0.4", "--num-images", "6", "--chunk", "2", "--no-mixes", "--out", "out.json", "--work-dir", "work", *sampling),
+        ("dit/train.py", *training, "--results-dir", "run"),
+    ):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / script]
+        printed = subprocess.run([*launcher, *words], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300).stdout
+        assert printed.count("dry run: nothing was written") == 1 and "the busiest of 2 processes" in printed
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_generator_that_is_done_or_another_s_says_so(planned: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     words = ["--ratios", "0.4", "--num-fid-samples", "3", "--sample-dir", "out", *QUICK]
     sample_ddp_t_stitch.main([word for word in words if word != "--dry-run"])
@@ -241,6 +298,16 @@ def test_training_costs_what_was_planned(planned: Callable, tmp_path: Path, feat
         run(lambda: script.main([*words, "--dry-run", "--autoresume", "--lr", "3e-4"]))
 
 
+@pytest.mark.parametrize(("script", "extractor"), [(dit_train, "emoji"), (sit_train, "none")], ids=["dit", "sit"])
+def test_evaluations_during_training_are_planned(planned: Callable, features: Path, script: object, extractor: str) -> None:
+    words = ["--features-path", str(features), "--model", "emoji-small", "--max-steps", "3", "--global-batch-size", "4", "--results-dir", "run"]
+    words += ["--vae", str(ROOT / "pretrained_models/emoji/vae"), "--eval-every", "2", "--eval-extractor", extractor, "--eval-images", "12"]
+    words += ["--eval-num-sampling-steps", "4", "--eval-batch-size", "8"]
+    said = planned(script.main, *words, "--dry-run")
+    assert number(said["FLOPs"][0]) == pytest.approx(flops_of_run(script.main, *words), rel=0.01)
+    assert "evaluation" in said["time"][0]
+
+
 @pytest.mark.parametrize("layout", ["store", "files"])
 def test_extraction_writes_as_many_bytes_as_were_planned(planned: Callable, tmp_path: Path, layout: str) -> None:
     for k, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)):
@@ -284,7 +351,16 @@ def test_a_demo_is_planned_through_its_own_pipeline(planned: Callable, tmp_path:
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 2 * number(said["disk"][0]) + 200_000  # a grid has words too
 
 
-def test_training_of_sdxl_is_planned_without_encoding(planned: Callable, tmp_path: Path, models: Path) -> None:
+def test_a_sweep_of_text_to_image_is_planned_and_goes_on(planned: Callable, tmp_path: Path, features: Path) -> None:
+    words = ["--features-path", str(features), "--num-images", "3", "--num-sampling-steps", "4", "--max-batch", "2", "--device", "cpu", "--out", "out.json"]
+    before = planned(sd_sweep.main, *words, "--ratios", "0", "--dry-run")
+    assert number(before["FLOPs"][0]) == pytest.approx(flops_of_run(sd_sweep.main, *words, "--ratios", "0"), rel=0.01)
+    after = planned(sd_sweep.main, *words, "--ratios", "0", "0.5", "--dry-run")
+    assert "of 2 rows, of which 1 are left, at most 2 at once" in after["pictures"][0]
+    assert number(after["FLOPs"][0]) == pytest.approx(flops_of_run(sd_sweep.main, *words, "--ratios", "0", "0.5"), rel=0.01)
+
+
+def test_training_of_sdxl_is_planned_without_encoding(planned: Callable, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pictures").mkdir()
     for k in range(4):
         Image.fromarray(np.random.default_rng(k).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{k}.png")
@@ -301,6 +377,15 @@ def test_training_of_sdxl_is_planned_without_encoding(planned: Callable, tmp_pat
         assert number(line) == pytest.approx(sizes[name], rel=0.3)  # tiny files are half headers
     assert "of which 4, and 5 captions, have to be encoded" in said["data"][0]
 
+    package, optim = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
+    package.__spec__, optim.AdamW8bit = ModuleSpec("bitsandbytes", None), torch.optim.AdamW
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
+    few = planned(train_sdxl_tstitch.main, *words, "--dry-run", "--use_8bit_adam", "--output_dir", "other", "--cache_dir", "run/cache")
+    state, of_8bit = (number(lines["memory"][0].split("measured, ")[1]) for lines in (said, few))
+    assert of_8bit == pytest.approx(state * 14 / 20, rel=0.01)  # 4 bytes each of weights, average, gradients; two moments of 4, or of 1
+    assert number(few["disk"][0]) == pytest.approx(number(said["disk"][0]) * 10 / 16, rel=0.05)
+
 
 def test_a_run_of_lightning_is_planned(planned: Callable, tmp_path: Path, features: Path) -> None:
     from ldm import main as lightning
@@ -311,6 +396,24 @@ def test_a_run_of_lightning_is_planned(planned: Callable, tmp_path: Path, featur
     said = planned(lightning.main, *words, "--dry-run")
     assert number(said["FLOPs"][0]) == pytest.approx(flops_of_run(lightning.main, *words), rel=0.01)
     assert number(said["disk"][0]) == pytest.approx((tmp_path / "run" / "checkpoints" / "last.ckpt").stat().st_size, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--max_steps", "2"], ["--max_epochs", "2", "--limit_train_batches", "2"], ["--max_steps", "9", "--fast_dev_run", "1"]], ids=" ".join
+)
+def test_checkpoints_of_lightning_are_those_that_are_left(planned: Callable, tmp_path: Path, features: Path, flags: list[str]) -> None:
+    from ldm import main as lightning
+
+    words = ["--base", str(ROOT / "ldm/configs/emoji-small.yaml"), "-t", "--run-dir", "run", "--accelerator", "cpu", *flags]
+    words += [f"data.params.{part}.features={features}" for part in ("train", "validation")]
+    words += ["data.params.batch_size=4", "data.params.class_balance=0", "--enable_progress_bar", "false", "lightning.modelcheckpoint.save_top_k=-1"]
+    said = planned(lightning.main, *words, "--dry-run")
+    lightning.main(words)
+    written = list((tmp_path / "run").rglob("*.ckpt"))
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines() if (tmp_path / "run" / "log.jsonl").exists() else []
+    steps = 1 if "--fast_dev_run" in flags else max(json.loads(line)["step"] for line in log)
+    assert said["training"][0].startswith(f"{steps} steps are left")
+    assert (said["disk"] == ["nothing"]) if not written else f" {len(written)} checkpoint" in said["disk"][0], written
 
 
 def test_flops_on_a_cpu_are_those_that_a_plain_network_counts() -> None:
@@ -327,6 +430,22 @@ def test_a_step_that_is_too_long_is_derived_from_smaller_ones(monkeypatch: pytes
     monkeypatch.setattr("tstitch.dry_run._one_time", lambda take, size, device: take(size) or 0.001)
     (work,), how = plan_training(taken.append, 100, times=3, device=torch.device("cpu"))
     assert taken[-1] == 100 and how.startswith("a step was measured")
+
+
+def test_what_goes_onto_one_disk_has_to_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "existing_folder", lambda folder: SimpleNamespace(stat=lambda: SimpleNamespace(st_dev=folder.parts[0])))
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2e9))
+    lines = disk_lines([Files("pictures", 1.5e9, Path("a")), Files("more", 1.5e9, Path("a/b"), at_most=True), Files("results", 1.5e9, Path("c"))])
+    full = "(2 GB free: NOT ENOUGH for the 3 GB that go there)"
+    assert lines == [f"1.5 GB, pictures -> a {full}", f"at most 1.5 GB, more -> a/b {full}", "1.5 GB, results -> c (2 GB free)"]
+
+
+def test_a_dry_run_on_a_gpu_draws_each_batch_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, features: Path) -> None:
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    monkeypatch.setattr(training_cli, "create_accelerator", lambda *arguments: gpu)
+    words = ["--features-path", str(features), "--results-dir", "nowhere"]
+    assert training_plan(dit_train.parse_args(words)).prefetch  # the batch of the next step, which a dry run never takes
+    assert not training_plan(dit_train.parse_args([*words, "--dry-run"])).prefetch
 
 
 def test_numbers_are_shown_in_the_unit_that_suits_them() -> None:

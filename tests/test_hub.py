@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +24,18 @@ from tstitch.hub import from_hub
 NAME = "owner/model"
 
 
-def session(answer: Exception | None) -> SimpleNamespace:
-    """The hub's client, in place of the network."""
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test asks the hub for the first time."""
+    monkeypatch.setattr(hub, "_silent_until", 0.0)
+
+
+def session(answer: Exception | None, asked: list[str] | None = None) -> SimpleNamespace:
+    """The hub's client, in place of the network; `asked` grows by each address that is asked for."""
 
     def head(url: str, **how: object) -> None:
+        if asked is not None:
+            asked.append(url)
         if answer is not None:
             raise answer
 
@@ -40,9 +49,12 @@ def reachable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How often the hub was asked in vain."""
+    asked: list[str] = []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "get_session", lambda: session(httpx.ConnectError("no route")))
+    monkeypatch.setattr(hub, "get_session", lambda: session(httpx.ConnectError("no route"), asked))
+    return asked
 
 
 def http(kind: type[Exception], status: int) -> Exception:
@@ -88,7 +100,7 @@ def test_a_damaged_file_of_a_folder_is_to_be_copied_again(tmp_path: Path) -> Non
         get_tstitch_pipepline(large, small, device="cpu")
 
 
-def test_a_hub_out_of_reach_is_not_asked_a_second_time(unreachable: None, tmp_path: Path) -> None:
+def test_a_hub_out_of_reach_is_not_asked_a_second_time_soon(unreachable: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"the autoencoder owner/model \(.*the hub cannot be reached\); connect to the hub, or pass its folder with --vae"):
         Autoencoder(NAME, "cpu")
     with pytest.raises(InputError, match=r"could not load owner/model .*the hub cannot be reached"):
@@ -96,9 +108,14 @@ def test_a_hub_out_of_reach_is_not_asked_a_second_time(unreachable: None, tmp_pa
     with from_hub(NAME):
         assert constants.HF_HUB_OFFLINE
     assert not constants.HF_HUB_OFFLINE
+    assert len(unreachable) == 1
+    later = time.monotonic() + 61
+    monkeypatch.setattr(hub, "time", SimpleNamespace(monotonic=lambda: later))
+    with from_hub(NAME):
+        assert len(unreachable) == 2
 
 
-def test_what_is_in_the_cache_is_read_without_the_hub(unreachable: None, tmp_path: Path) -> None:
+def test_what_is_in_the_cache_is_read_without_the_hub(unreachable: list[str], tmp_path: Path) -> None:
     snapshot = tmp_path / "models--owner--model" / "snapshots" / "1234"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")

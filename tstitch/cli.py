@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
     """Keep the docstring's line breaks and show defaults, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        said = action.help if action.default is None else super()._get_help_string(action)
+        return said and re.sub(r" \(default: [^)%]*\)(?= \(default: %)", "", said)  # a script's own default in place of the usual one
 
 
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -47,7 +49,7 @@ def help_group(parser: argparse.ArgumentParser, title: str) -> argparse._Argumen
 
 # Titles of the groups in which --help shows flags, where several scripts have them: samplers', trainers', everyone's.
 MODELS, STITCHING, OUTPUT = "models", "stitching", "output"
-SAMPLED, SAMPLING = "what is sampled (defaults come from the preset)", "sampling (defaults come from the preset)"
+SAMPLED, SAMPLING = "what is sampled", "sampling"
 DATA, MODEL, OPTIMIZATION, LOGGING = "data", "model", "optimization", "logging and checkpoints"
 MACHINE = "machine"
 
@@ -129,6 +131,8 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, dif
         diffusion: add the words of diffusion models, --recipe and --solver; a backbone of another kind brings its own.
     """
     labels_help = "classes 0..num_classes-1, which repeat (default: drawn from each picture's seed)" if fid else "one class for each picture, 0..num_classes-1"
+    for title in (SAMPLED, SAMPLING):
+        help_group(parser, title).description = "defaults come from the preset"
     group = help_group(parser, SAMPLED)
     group.add_argument("--preset", metavar="NAME", help=f"model set: {', '.join(PRESETS)} (default: imagenet of --image-size)")
     if diffusion:

@@ -215,11 +215,11 @@ class Watch:
             hook.remove()
 
 
-def show_memory(device: torch.device, weights: float, kept: float = 0, what: str = "weights", measured: str = "this was measured") -> str:
-    """Memory after one of each kind of work was done; `what` the bytes of `weights` are, `measured` says of how much work."""
+def show_memory(device: torch.device, weights: float, kept: float = 0, what: str = "weights", size: str = "") -> str:
+    """Memory after one of each kind of work was done; `what` the bytes of `weights` are, `size` how large the work was beside the run's."""
     where = "allocated on the GPU at most" if device.type == "cuda" else "resident at most"
     more = f"; the run keeps about {show_bytes(kept)} more" if kept else ""
-    return f"{show_bytes(peak_memory(device))} {where} while {measured}, {show_bytes(weights)} of it {what}{more}"
+    return f"{show_bytes(peak_memory(device))} {where} while this was measured{size}, {show_bytes(weights)} of it {what}{more}"
 
 
 def picture_bytes(plan: SamplingPlan, num_schedules: int) -> int:
@@ -288,9 +288,9 @@ def plan_sampling(
     chunks = [len(plan.labels)] if left is None else left
     ranks = max(1, min(ranks, len(chunks)))
     count, share = sum(chunks), max(sum(chunks[rank::ranks]) for rank in range(ranks))
-    together = together or len(plan.labels)
-    most = MEASURED_ON_CPU if plan.device.type == "cpu" else plan.max_batch or UNMEASURED
-    n = min(len(plan.labels), together, plan.max_batch or most, most)
+    together = min(together or len(plan.labels), len(plan.labels))
+    most = plan.max_batch or UNMEASURED
+    n = min(together, most, MEASURED_ON_CPU) if plan.device.type == "cpu" else min(together, most)
     called = min(together * len(schedules), plan.max_batch or BatchSize(None, plan.device).largest)  # most pictures in a call of the run
     noise, y = SampleNoise(plan.noise.seeds[:n]), plan.labels[:n].to(plan.device)
     x = noise.latents(denoisers[0].latent_shape, plan.device)
@@ -325,7 +325,7 @@ def plan_sampling(
         ],
         works,
         how=f"an estimate from {n} picture{'s' if n > 1 else ''} at once on {plan.device}, without loading and writing",
-        memory=show_memory(plan.device, weights, kept, measured=f"calls of {n} pictures were measured, of the run's up to {called}"),
+        memory=show_memory(plan.device, weights, kept, size=f" at {n} of up to {called} pictures a call" if n < called else ""),
         files=output,
         ranks=ranks,
     )
@@ -385,17 +385,17 @@ def plan_training(take: Callable[[int], object], whole: int, *, times: float | N
         (fewer, before), (size, seconds) = measured[-2:] if len(measured) > 1 else [(0, 0.0), *measured]
         seconds += (whole - size) * max(0.0, seconds - before) / (size - fewer)
         how = f"derived from steps of up to {size} of {whole} items"
-    return [Work("training", times, whole * flops, seconds)], f"{how}, on {device}, without loading, previews and writing"
+    return [Work("training", times, whole * flops, seconds)], f"{how}, on {device}"
 
 
 def _one_time(take: Callable[[int], object], size: int, device: torch.device) -> float:
     return measure_seconds([lambda: take(size)], device, 1)[0]
 
 
-def training_bytes(model: torch.nn.Module) -> float:
-    """Bytes of weights, moving average, gradients and AdamW's two moments, in float32."""
+def training_bytes(model: torch.nn.Module, moment: float = 4) -> float:
+    """Bytes of weights, moving average and gradients in float32, and of AdamW's two moments, each of `moment` bytes a number."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return 4 * (2 * sum(parameter.numel() for parameter in model.parameters()) + 3 * trained)
+    return 8 * sum(parameter.numel() for parameter in model.parameters()) + (4 + 2 * moment) * trained
 
 
 def training_memory(device: torch.device, size: float) -> str:
@@ -403,10 +403,14 @@ def training_memory(device: torch.device, size: float) -> str:
     return show_memory(device, size, what="weights, average, gradients and moments")
 
 
-def checkpoint_files_of(model: torch.nn.Module, folder: Path, *, steps: int, every: int, keep: int) -> list[Files]:
-    """Checkpoints of `tstitch.training.fit`: weights, moving average and AdamW's two moments, each of `every` steps and at the end; `keep` of them stay."""
+def checkpoint_files_of(model: torch.nn.Module, folder: Path, *, steps: int, every: int, keep: int, moment: float = 4) -> list[Files]:
+    """Checkpoints of `tstitch.training.fit`: weights, moving average and AdamW's two moments, each of `every` steps and at the end; `keep` of them stay.
+
+    Args:
+        moment: bytes of a number of the moments.
+    """
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    size = 2 * sum(value.numel() * value.element_size() for value in model.state_dict().values()) + 8 * trained
+    size = 2 * sum(value.numel() * value.element_size() for value in model.state_dict().values()) + 2 * moment * trained
     count = -(-steps // every)
     kept = min(keep, count)
     files = [Files(f"{kept} of {count} checkpoints of {show_bytes(size)} each, and the log", kept * size, folder)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from tstitch.checkpoints import first_line
 from tstitch.errors import InputError
 
 _NO_CONNECTION = (httpx.ConnectError, httpx.ConnectTimeout)
+_REMEMBERED = 60.0  # seconds for which a hub out of reach is not asked again: a model has many parts, and each attempt may take as long as its time-out
+_silent_until = 0.0  # on the clock of time.monotonic
 
 
 @contextmanager
@@ -46,9 +49,13 @@ def from_hub(source: str | Path, what: str = "", pass_instead: str = "a folder i
 
 def _hub_answers() -> bool:
     """Whether a connection to the hub can be opened; a slow answer, or an angry one, is an answer."""
+    global _silent_until
+    if time.monotonic() < _silent_until:
+        return False
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except _NO_CONNECTION:
+        _silent_until = time.monotonic() + _REMEMBERED
         return False
     except httpx.HTTPError:
         pass

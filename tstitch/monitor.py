@@ -19,6 +19,7 @@ from tstitch.autoencoder import Autoencoder
 from tstitch.cli import positive_int
 from tstitch.data import check_vae
 from tstitch.diffusion import create_diffusion
+from tstitch.dry_run import MEASURED_ON_CPU, REPEATS, Work, count_flops
 from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
 from tstitch.metrics import FeatureStatistics, frechet_distance
@@ -30,6 +31,7 @@ from tstitch.sampling import sample
 from tstitch.schedule import StitchSchedule
 from tstitch.solvers import DDIM
 from tstitch.training_cli import TrainingPlan
+from tstitch.tune import measure_seconds
 
 PREVIEWS = 16
 Walk = Callable[[nn.Module, Tensor, Tensor, ClassifierFreeGuidance], Tensor]  # (model, initial noise, labels, guidance) -> latents
@@ -97,8 +99,9 @@ def create_monitor(args: argparse.Namespace, plan: TrainingPlan, model: ClassMod
         args.results_dir / "previews",
         accelerator,
         autoencoder,
-        walk_of(args.eval_num_sampling_steps),
+        walk_of,
         guidance,
+        num_steps=args.eval_num_sampling_steps,
         latent_shape=plan.data.latent_shape,
         num_classes=plan.data.num_classes,
         num_images=args.eval_images,
@@ -112,17 +115,18 @@ class Monitor:
     """Called as monitor(model, step): writes folder/{step:07d}.png and returns {"fid" or "fd_emoji": distance}, or {} without an extractor.
 
     Args:
-        walk: how a model is sampled, without drawing any noise.
+        walk_of: number of steps -> how a model is sampled, without drawing any noise.
         num_images: pictures for the distance; picture i has seed i and label i modulo num_classes.
         batch: pictures sampled together by a process.
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, autoencoder: Autoencoder, walk: Walk, guidance: ClassifierFreeGuidance, *,
-        latent_shape: tuple[int, ...], num_classes: int, num_images: int, batch: int, extractor: Extractor | None = None,
+        self, folder: Path, accelerator: Accelerator, autoencoder: Autoencoder, walk_of: Callable[[int], Walk], guidance: ClassifierFreeGuidance, *,
+        num_steps: int, latent_shape: tuple[int, ...], num_classes: int, num_images: int, batch: int, extractor: Extractor | None = None,
         reference: Statistics | None = None,
     ) -> None:  # fmt: skip
-        self.folder, self.accelerator, self.autoencoder, self.walk, self.guidance = folder, accelerator, autoencoder, walk, guidance
+        self.folder, self.accelerator, self.autoencoder, self.guidance = folder, accelerator, autoencoder, guidance
+        self.num_steps, self.walk, self.one_step = num_steps, walk_of(num_steps), walk_of(1)
         self.latent_shape, self.num_classes, self.num_images, self.batch = latent_shape, num_classes, num_images, batch
         self.extractor, self.reference = extractor, reference
 
@@ -131,6 +135,29 @@ class Monitor:
         noise, device = SampleNoise(index.tolist()), self.accelerator.device
         latents = self.walk(model, noise.latents(self.latent_shape, device), (index % self.num_classes).to(device), self.guidance)
         return self.autoencoder.decode(latents)
+
+    @torch.no_grad()
+    def work(self, model: nn.Module, times: int) -> list[Work]:
+        """What `times` evaluations cost, for --dry-run: a step of the solver is measured, and what is done with its pictures; every process calls it."""
+        device, world = self.accelerator.device, self.accelerator.num_processes
+        n = min(self.batch, MEASURED_ON_CPU) if device.type == "cpu" else self.batch
+        y, x = torch.arange(n, device=device) % self.num_classes, SampleNoise(range(n)).latents(self.latent_shape, device)
+
+        pictures = self.autoencoder.decode(x)
+        calls = {
+            "evaluation": lambda: self.one_step(model, x, y, self.guidance),
+            "its decoding": lambda: self.autoencoder.decode(x),
+            "its features": lambda: None if self.extractor is None else self.extractor(pictures),
+        }
+        # Of all processes and of one; each draws the previews, and is called as often as the others.
+        measured = (0, 0) if self.extractor is None else (self.num_images, -(-self.num_images // (self.batch * world)) * self.batch)
+        sampled = measured[0] + PREVIEWS * world, measured[1] + PREVIEWS
+        counts = [(sampled[0] * self.num_steps, sampled[1] * self.num_steps), sampled, measured]
+        seconds = measure_seconds(list(calls.values()), device, REPEATS)
+        return [
+            Work(name, times * everyone, count_flops(call) / n, spent / n, busiest=times * min(everyone, busiest))
+            for (name, call), (everyone, busiest), spent in zip(calls.items(), counts, seconds, strict=True)
+        ]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, step: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tstitch.checkpoints import read_checkpoint, read_training_state, read_weights
 from tstitch.cli import DATA, LOGGING, MACHINE, MODEL, OPTIMIZATION, add_dry_run_arg, help_group, positive_int
 from tstitch.data import Features, ImageLatents, class_weights, open_features
-from tstitch.dry_run import Files, checkpoint_files_of, plan_training, show_plan, training_bytes, training_memory
+from tstitch.dry_run import Files, Work, checkpoint_files_of, plan_training, show_plan, training_bytes, training_memory
 from tstitch.errors import InputError
 from tstitch.files import check_folder
 from tstitch.pictures import ImageFolder
@@ -72,6 +72,17 @@ def add_training_args(parser: argparse.ArgumentParser, results_dir: str) -> None
     run.add_argument("--wandb", dest="report_to", action="store_const", const="wandb", help="the same as --report-to wandb")
     run.add_argument("--export", type=Path, metavar="FILE", help="write the moving average here at the end, fp16 safetensors")
     add_dry_run_arg(parser)
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """What evaluates a model while it trains, and can say what that costs."""
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Evaluate."""
+
+    def work(self, model: nn.Module, times: int) -> list[Work]:
+        """What `times` evaluations cost."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +166,14 @@ class TrainingPlan:
             max_steps=self.max_steps, items_per_step=args.global_batch_size, accumulation=args.gradient_accumulation_steps, ema_decay=args.ema_decay,
             clip_norm=args.clip_norm or None, seed=args.global_seed, ckpt_every=args.ckpt_every, keep=args.keep, log_every=args.log_every,
             evaluate=evaluate, eval_every=eval_every, resume=args.autoresume, start_from=self._start_from(config),
-            rehearse=partial(self._plan, model) if args.dry_run else None,
+            rehearse=partial(self._plan, model, evaluate, eval_every) if args.dry_run else None,
         )  # fmt: skip
         self.accelerator.end_training()
         return average
 
-    def _plan(self, model: nn.Module, take: Callable[[], object], start: int) -> None:
+    def _plan(
+        self, model: nn.Module, evaluate: Callable[[nn.Module, int], dict[str, float]] | None, eval_every: int, take: Callable[[], object], start: int
+    ) -> None:  # fmt: skip
         """Answer --dry-run: what the steps from `start` on will cost."""
         args, device, processes = self.args, self.accelerator.device, self.accelerator.num_processes
 
@@ -171,6 +184,14 @@ class TrainingPlan:
             object.__setattr__(self, "part_size", whole)
 
         works, how = plan_training(take_part, self.part_size, times=(self.max_steps - start) * self.num_parts, device=device, processes=processes)
+        how += ", with drawing its batch but without writing"
+        if isinstance(evaluate, Watcher):
+            whole_intervals = self.max_steps // eval_every - start // eval_every
+            model.eval()
+            works += evaluate.work(model, whole_intervals + (start < self.max_steps and self.max_steps % eval_every > 0))
+            model.train()
+        elif evaluate is not None:
+            how += " and without previews"
         if not self.accelerator.is_main_process:
             return
         source = args.features_path or args.data_path
@@ -316,5 +337,6 @@ def training_plan(args: argparse.Namespace) -> TrainingPlan:
         weights=class_weights(data.labels, args.class_balance) if args.class_balance else None,
         max_steps=max(1, round(args.epochs * epoch_steps)) if args.epochs else args.max_steps or 400_000,
         part_size=args.global_batch_size // parts,
-        prefetch=accelerator.device.type == "cuda",  # on a CPU it would compete with the step for the cores, and MPS bears one thread
+        # On a CPU it would compete with the step for the cores, and MPS bears one thread; a dry run takes one step over and over.
+        prefetch=accelerator.device.type == "cuda" and not args.dry_run,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,17 @@ from tstitch.files import check_folder
 
 PUBLISHED_FLOW = {"path_type": "Linear", "prediction": "velocity"}  # of the SiT whose weights are published
 FLOW_WORDS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")  # what says which flow a SiT was trained for
+
+
+def build_named(models: Mapping[str, Callable[..., Any]], name: str, **arguments: Any) -> Any:  # noqa: ANN401  (one of `models`, its arguments)
+    """Make an untrained model of a named size.
+
+    Raises:
+        InputError: if the name is unknown or the arguments do not fit together.
+    """
+    if name not in models:
+        raise InputError(f"unknown model '{name}'; choose from {', '.join(models)}")
+    return models[name](**arguments)
 
 
 @dataclass(frozen=True)
