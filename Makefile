@@ -50,7 +50,7 @@ bench: .venv/.installed   ## the benchmarks in their quick form -> benchmarks/re
 bench-check: .venv/.installed   ## the same, compared with the recorded ratios: names what fell by more than 10 %
 	$(BIN)/python benchmarks/bench.py --check
 
-experiments: .venv/.installed   ## every experiment on the emoji models again -> EXPERIMENTS.md: an hour and a half on two cores
+experiments: .venv/.installed   ## every experiment on the emoji models again -> EXPERIMENTS.md: about an hour and a half on two cores
 	$(BIN)/python experiments/run.py
 
 docs: .venv/.installed   ## API pages -> docs/api
