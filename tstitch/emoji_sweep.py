@@ -135,10 +135,7 @@ def sweep(
             bar.update(len(finished_chunks(args.work_dir)) - bar.n)
     if not main:
         return []
-    for path in sorted(args.work_dir.glob("sums_*.safetensors")):
-        if path != sums.path:
-            sums.add(path)
-
+    sums.add_others(args.work_dir)
     evaluations = (sums.evaluations / len(plan.labels)).tolist()
     rows = make_rows(schedules, [file.letter for file in files], sums, reference, evaluations, measure(plan, denoisers))
     write_json(
@@ -236,6 +233,12 @@ class Sums:
             self.scores[k] = self.scores[k] + probability_sums(measured.probs)
         self.evaluations += size * np.asarray(evaluations, dtype=np.float64)
         self.done.append(chunk)
+
+    def add_others(self, folder: Path) -> None:
+        """Add what the other processes have gathered."""
+        for path in sorted(folder.glob("sums_*.safetensors")):
+            if path != self.path:
+                self.add(path)
 
     def add(self, path: Path) -> None:
         """Add what is stored in a file of the same sweep."""
