@@ -56,12 +56,13 @@ def fill_sentence(text: str, values: dict[str, dict[str, float]]) -> str:
 
 def values_table(values: dict[str, dict[str, float]]) -> str:
     """Numbers of a row: schedules with FD-emoji and speed-up side by side, then all others."""
-    schedules = {label.removesuffix(" FD-emoji"): each["value"] for label, each in values.items() if f"{label.removesuffix(' FD-emoji')} speed-up" in values}
-    schedules = {name: value for name, value in schedules.items() if f"{name} FD-emoji" in values}
-    others = [label for label in values if not any(label in (f"{name} FD-emoji", f"{name} speed-up") for name in schedules)]
+    named = [label.removesuffix(" FD-emoji") for label in values if label.endswith(" FD-emoji")]
+    schedules = {name: (f"{name} speed-up", f"{name} FD-emoji") for name in named if f"{name} speed-up" in values}
+    beside = {label for labels in schedules.values() for label in labels}
+    others = [label for label in values if label not in beside]
     parts = []
     if schedules:
-        cells = [[name, f"{values[f'{name} speed-up']['value']:.2f}", f"{value:.2f}"] for name, value in schedules.items()]
+        cells = [[name, *(f"{values[label]['value']:.2f}" for label in labels)] for name, labels in schedules.items()]
         parts.append(markdown_table(["schedule", "speed-up", "FD-emoji"], cells))
     if others:
         parts.append(markdown_table(["number", "recorded"], [[label, number(values[label]["value"])] for label in others]))
