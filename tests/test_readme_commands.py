@@ -296,7 +296,7 @@ def run_here(command: Command, house: House, capsys: pytest.CaptureFixture) -> N
 
 
 RECORDER = """#!/usr/bin/env bash
-printf '%q ' "$@" >> calls; echo >> calls
+echo "${*@Q}" >> calls  # one write: some scripts train two models at once
 while [[ $# -gt 1 ]]; do
     case $1 in --results-dir | --run-dir) mkdir -p "$2"; touch "$2/log.jsonl" ;; esac
     shift
