@@ -3,7 +3,7 @@
 #
 #   tests/docker_steps.sh Dockerfile                  # a temporary folder, removed at the end
 #   tests/docker_steps.sh --root DIR Dockerfile.ldm   # DIR is empty or new, and stays
-#   tests/docker_steps.sh --system --root / FILE      # on a throw-away machine, as root: runs the steps of the system kind too
+#   tests/docker_steps.sh --system --root / FILE      # on a throw-away machine, as root: runs the steps of the system kind too, and obeys USER
 #
 # COPY takes what git tracks, as it lies in the working tree. RUN and CMD run here, with this machine's python3 (PYTHON=python3.11 names another) and
 # HOME in the folder; steps of the system kind (apt-get, useradd, install --owner ...) are printed as skipped. ENV values that are absolute paths are moved
@@ -33,7 +33,8 @@ elif [[ $root != / ]]; then
     [[ -z $(ls -A "$root") ]] || die "$root is not empty; pass a new folder"
 fi
 root=${root%/}
-folder=/ command=
+folder=/ command= user=
+[[ $system == no || $(id -u) == 0 ]] || die "--system makes users and installs packages: run it as root, on a machine to throw away"
 unset PYTHONPATH VIRTUAL_ENV
 
 fail() { # status
@@ -43,11 +44,13 @@ fail() { # status
 
 run() { # words of a command
     echo "--> $*"
-    (cd "$root$folder" && HOME=$root$folder "$@") || fail $?
+    local as=()
+    if [[ $user ]]; then as=(setpriv --reuid "$user" --regid "$user" --clear-groups); fi
+    (cd "$root$folder" && HOME=$root$folder "${as[@]}" "$@") || fail $?
 }
 
-copy() { # sources, target
-    local sources=("${@:1:$#-1}") target=$root${!#} source
+copy() { # owner (may be empty), sources, target
+    local owner=$1 sources=("${@:2:$#-2}") target=$root${!#} source
     [[ ${!#} == /* ]] || target=$root${folder%/}/${!#}
     for source in "${sources[@]}"; do
         local tracked=()
@@ -56,11 +59,14 @@ copy() { # sources, target
             mapfile -d '' tracked < <(git -C "$checkout/$source" ls-files -z)
             ((${#tracked[@]})) || die "$file, line $number: git tracks nothing in $source"
             printf '%s\0' "${tracked[@]}" | tar -C "$checkout/$source" --null -T - -c | tar -C "$target" -x || fail $?
+            if [[ $owner ]]; then chown -R "$owner:$owner" "$target" || fail $?; fi
         else
             mapfile -d '' tracked < <(git -C "$checkout" ls-files -z -- ":(glob)$source")
             ((${#tracked[@]})) || die "$file, line $number: git tracks no $source"
             if [[ $target == */ ]]; then mkdir -p "$target"; else mkdir -p "$(dirname "$target")"; fi
             (cd "$checkout" && cp -p -- "${tracked[@]}" "$target") || fail $?
+            if [[ $owner && -d $target ]]; then tracked=("${tracked[@]##*/}") && (cd "$target" && chown "$owner:$owner" -- "${tracked[@]}") || fail $?
+            elif [[ $owner ]]; then chown "$owner:$owner" "$target" || fail $?; fi
         fi
     done
 }
@@ -82,7 +88,8 @@ execute() { # one instruction, its continued lines joined
     case $name in
         FROM) [[ $rest != *" "* ]] || die "$file, line $number: only a plain FROM IMAGE is understood"
               ((++stages == 1)) || die "$file, line $number: only one stage is understood" ;;
-        USER) ;;
+        USER) [[ $rest =~ ^[0-9]+$ ]] || die "$file, line $number: only a user's number is understood"
+              if [[ $system == yes ]]; then user=$rest; fi ;;
         WORKDIR) [[ $rest == /* ]] && folder=$rest || folder=${folder%/}/$rest
                  mkdir -p "$root$folder" ;;
         ENV) read -ra words <<<"$rest"
@@ -92,9 +99,13 @@ execute() { # one instruction, its continued lines joined
                  export "${word?}"
              done ;;
         COPY) read -ra words <<<"$rest"
-              while [[ ${words[0]-} == --chown=* ]]; do words=("${words[@]:1}"); done
+              local owner=
+              while [[ ${words[0]-} == --chown=* ]]; do
+                  if [[ $system == yes ]]; then owner=${words[0]#*=}; fi
+                  words=("${words[@]:1}")
+              done
               [[ ${#words[@]} -ge 2 && $rest != *[\"\[]* && ${words[0]} != --* ]] || die "$file, line $number: only COPY [--chown=USER] SOURCE ... TARGET is understood"
-              copy "${words[@]}" ;;
+              copy "$owner" "${words[@]}" ;;
         VOLUME) words_of "$rest"
                 for word in "${words[@]}"; do mkdir -p "$root$word"; done ;;
         RUN) if [[ $system == no && $rest =~ (^|[[:space:]])(apt-get|useradd|userdel|groupadd|chown|--owner)([[:space:]]|$) ]]; then
