@@ -1,12 +1,14 @@
 """EXPERIMENTS.md, and tables inside the READMEs: written from the rows and what was recorded of them, never by hand.
 
 In a README a sweep's table stands between `<!-- sweep: FILE -->` and `<!-- end -->`, what came out of some rows between `<!-- outcomes: ROW ROW -->` and
-`<!-- end -->`. In a row's sentence `{label}` is the recorded number of that label, `{a / b - 1}` the change from b to a.
+`<!-- end -->`. In a row's sentence `{label}` is the recorded number of that label, `{a / b - 1}` the change from b to a. A row's `claims` map words to chains
+of such numbers, `{a} < {b} < 1.5`, all of which must hold: whether the words are so on the emoji models follows from the record.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +36,48 @@ def number(value: float) -> str:
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.4f}" if 0.99 < value < 1 else f"{value:.3g}"
 
 
-def fill_sentence(text: str, values: dict[str, dict[str, float]]) -> str:
-    """Put recorded numbers into a sentence: {label}, and {label a / label b - 1} as a change in per cent.
+def recorded_number(label: str, values: dict[str, dict[str, float]]) -> tuple[float, str]:
+    """The recorded number of a label, and how it is written; of "a / b - 1" the change from b to a, in per cent.
 
     Raises:
         InputError: if there is no number of that label.
     """
+    try:
+        if label.endswith(" - 1"):
+            above, below = label.removesuffix(" - 1").split(" / ")
+            change = values[above]["value"] / values[below]["value"] - 1
+            return change, f"{100 * change:+.1f} %"
+        return values[label]["value"], number(values[label]["value"])
+    except (KeyError, ValueError):
+        raise InputError(f"a row asks for '{label}', which is not recorded; choose from {', '.join(values)}") from None
 
-    def replace(match: re.Match[str]) -> str:
-        label = match[1]
-        try:
-            if label.endswith(" - 1"):
-                above, below = label.removesuffix(" - 1").split(" / ")
-                return f"{100 * (values[above]['value'] / values[below]['value'] - 1):+.1f} %"
-            return number(values[label]["value"])
-        except (KeyError, ValueError):
-            raise InputError(f"the sentence '{text}' asks for '{label}', which is not recorded; choose from {', '.join(values)}") from None
 
-    return re.sub(r"\{([^{}]+)\}", replace, text)
+def fill_sentence(text: str, values: dict[str, dict[str, float]]) -> str:
+    """Put recorded numbers into a sentence.
+
+    Raises:
+        InputError: if there is no number of a label.
+    """
+    return re.sub(r"\{([^{}]+)\}", lambda match: recorded_number(match[1], values)[1], text)
+
+
+def judge(row: dict[str, Any], values: dict[str, dict[str, float]]) -> list[tuple[str, bool, str]]:
+    """A row's claims: the words, whether they are so by these numbers, and the comparisons with the numbers in them.
+
+    Raises:
+        InputError: if there is no number of a label.
+    """
+
+    def term(text: str) -> float:
+        if text.startswith("{"):
+            return recorded_number(text[1:-1], values)[0]
+        return float(text.removesuffix(" %")) / 100 if text.endswith(" %") else float(text)
+
+    judged = []
+    for words, chains in row.get("claims", {}).items():
+        holds = all(low < high for chain in chains for low, high in pairwise(map(term, chain.split(" < "))))
+        judged.append((words, holds, "; ".join(fill_sentence(chain, values) for chain in chains)))
+    return judged
 
 
 def values_table(values: dict[str, dict[str, float]]) -> str:
@@ -83,6 +109,16 @@ def outcome(row: dict[str, Any], recorded: dict[str, Any] | None) -> str:
         return "Not recorded yet in this form."
 
 
+def verdict(row: dict[str, Any], recorded: dict[str, Any] | None) -> str:
+    """How many of a row's claims hold on the emoji models."""
+    try:
+        judged = judge(row, recorded["values"]) if recorded else []
+    except InputError:  # the row has changed since
+        return "-"
+    held = sum(holds for _, holds, _ in judged)
+    return "-" if not judged else "yes" if held == len(judged) else "no" if held == 0 else f"{held} of {len(judged)}"
+
+
 def section(row: dict[str, Any], recorded: dict[str, Any] | None) -> str:
     """One experiment: what it shows, its commands, its numbers."""
     published = _commands(row["published"]) if isinstance(row.get("published"), list) else row.get("published", "There is none.")
@@ -92,6 +128,8 @@ def section(row: dict[str, Any], recorded: dict[str, Any] | None) -> str:
     parts.append(outcome(row, recorded))
     if recorded is None:
         return "\n\n".join(parts)
+    if verdict(row, recorded) != "-":
+        parts.append("\n".join(f"- {'so here' if holds else '**not so here**'}: {words} ({shown})" for words, holds, shown in judge(row, recorded["values"])))
     where = f"{recorded['date']}, commit {recorded['commit']}, {recorded['machine']}, {recorded['seconds'] / 60:.1f} min"
     return "\n\n".join([*parts, values_table(recorded["values"]), where + "."])
 
@@ -101,8 +139,14 @@ def render(document: dict[str, Any], results: dict[str, Any]) -> str:
     parts = ["# Experiments", document["preface"].strip()]
     for group in document["groups"]:
         members = [row for row in document["rows"] if row["group"] == group["id"]]
-        lines = [f"| [{row['title']}](#{row['id']}) | {row['shows']} | {outcome(row, results.get(row['id']))} |" for row in members]
-        parts += [f"## {group['title']}", "\n".join(["| experiment | what it shows | on the emoji models |", "|---|---|---|", *lines])]
+        lines = [
+            f"| [{row['title']}](#{row['id']}) | {row['shows']} | {outcome(row, results.get(row['id']))} | {verdict(row, results.get(row['id']))} |"
+            for row in members
+        ]
+        parts += [
+            f"## {group['title']}",
+            "\n".join(["| experiment | what was published or expected | on the emoji models | so here? |", "|---|---|---|---|", *lines]),
+        ]
         parts += [section(row, results.get(row["id"])) for row in members]
     return "\n\n".join(parts) + "\n"
 

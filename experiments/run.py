@@ -5,7 +5,8 @@
     python experiments/run.py --render                # the documents alone, from what is recorded
 
 A row is a few commands and the numbers to read from what they write. Each number is recorded with the band around its first value; a number that leaves its
-band is printed, and the exit code is then 1. A run that was killed goes on with the row that it was at. What a row writes lies in runs/experiments/ROW.
+band, or a claim that is no longer what it was, is printed, and the exit code is then 1. A run that was killed goes on with the row that it was at. What a row
+writes lies in runs/experiments/ROW.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.record import git_commit, processor_name
-from experiments.report import RESULTS, ROWS, read_rows, write_documents
+from experiments.report import RESULTS, ROWS, judge, read_rows, write_documents
 from experiments.values import Value, read_values
 from tstitch.cli import new_parser, run
 from tstitch.errors import InputError
@@ -76,6 +77,19 @@ def bands(values: list[Value], recorded: dict[str, dict[str, float]], *, anew: b
         kept[value.label] = {"value": value.number, "low": low, "high": high}
     gone = [[label, "not there", f"{band['low']:.4g} to {band['high']:.4g}"] for label, band in recorded.items() if label not in kept and not anew]
     return kept, outside + gone
+
+
+def turned_claims(row: dict[str, Any], before: dict[str, dict[str, float]], now: dict[str, dict[str, float]]) -> list[list[str]]:
+    """The lines of a row's claims that hold by the recorded numbers and not by the new ones, or the other way round."""
+    try:
+        held = {words: holds for words, holds, _ in judge(row, before)}
+    except InputError:  # nothing is recorded, or the row has changed since
+        held = {}
+    return [
+        [f"{words}: {shown}", "so" if holds else "not so", "so" if held[words] else "not so"]
+        for words, holds, shown in judge(row, now)
+        if held.get(words, holds) != holds
+    ]
 
 
 def begin(rows: list[dict[str, Any]], *, new_bands: bool) -> tuple[Path, dict[str, Any]]:
@@ -151,7 +165,9 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 if status:
                     raise InputError(f"a command ended with {status}; {folder / 'log.txt'} says why")
-                kept, outside = bands(read_values(row, folder), recorded.get(name, {}).get("values", {}), anew=args.new_bands)
+                before = recorded.get(name, {}).get("values", {})
+                kept, outside = bands(read_values(row, folder), before, anew=args.new_bands)
+                outside += turned_claims(row, before, kept)
             except InputError as error:
                 state["trouble"][name] = [["", str(error), ""]]
                 write_json(path, state)
@@ -166,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(path, state)
     trouble = [[name, *line] for name, lines in state["trouble"].items() for line in lines]
     if trouble:
-        print(markdown_table(["row", "number", "now", "recorded band"], trouble))
+        print(markdown_table(["row", "number or claim", "now", "recorded"], trouble))
         sys.exit(1)
     print(f"{len(rows)} rows, every number inside its band")
 

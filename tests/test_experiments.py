@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from experiments import report, run
-from experiments.report import DOCUMENT, RESULTS, fill_places, fill_sentence, read_rows, render
+from experiments.report import DOCUMENT, RESULTS, fill_places, fill_sentence, judge, read_rows, render, verdict
+from experiments.run import turned_claims
 from experiments.values import Value, read_values
 from tstitch.errors import InputError
 from tstitch.files import read_json
@@ -89,6 +90,32 @@ def test_a_sentence_takes_its_numbers_from_the_record() -> None:
     assert fill_sentence("{L FD-emoji} to {S FD-emoji / L FD-emoji - 1}, {tests}", values) == "2 to +25.0 %, 12"
     with pytest.raises(InputError, match="asks for 'B'"):
         fill_sentence("{B}", values)
+
+
+def test_whether_a_claim_holds_follows_from_the_numbers() -> None:
+    values = {"a": {"value": 2.0}, "b": {"value": 2.1}, "speed": {"value": 1.5}}
+    claims = {
+        "b costs at most 6 %": ["{b / a - 1} < 6 %"],
+        "b costs at most 4 %": ["{b / a - 1} < 4 %"],
+        "in order, and fast": ["{a} < {b} < 3", "1.6 < {speed}"],
+    }
+    row = {"claims": claims}
+    assert judge(row, values) == [
+        ("b costs at most 6 %", True, "+5.0 % < 6 %"),
+        ("b costs at most 4 %", False, "+5.0 % < 4 %"),
+        ("in order, and fast", False, "2 < 2.1 < 3; 1.6 < 1.5"),
+    ]
+    assert verdict(row, {"values": values}) == "1 of 3"
+    assert verdict({}, {"values": values}) == verdict(row, None) == verdict(row, {"values": {}}) == "-"
+    turned = turned_claims(row, values, values | {"a": {"value": 1.9}})
+    assert [line[1:] for line in turned] == [["not so", "so"]]
+    assert turned[0][0].startswith("b costs at most 6 %")
+    assert not turned_claims(row, {}, values)
+
+
+def test_every_claim_is_about_recorded_numbers() -> None:
+    recorded = read_json(RESULTS)
+    assert sum(len(judge(row, recorded[row["id"]]["values"])) for row in ROWS if "claims" in row) >= 50
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_row_that_it_was_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

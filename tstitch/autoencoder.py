@@ -149,7 +149,7 @@ def weights_file(source: Source) -> Path:
     if Path(source).is_dir():
         files = [Path(source) / name for name in names]
     else:
-        from huggingface_hub import try_to_load_from_cache  # comes with diffusers
+        from huggingface_hub import try_to_load_from_cache
 
         files = [Path(found) for name in names if isinstance(found := try_to_load_from_cache(str(source), name), str)]
     return next((file for file in files if file.exists()), Path(source) / names[0])
