@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,3 +145,25 @@ def test_who_set_the_hub_offline_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"), from_hub(NAME):
         hf_hub_download(NAME, "config.json", cache_dir=tmp_path)
     assert constants.HF_HUB_OFFLINE
+
+
+def test_loads_of_two_threads_leave_the_switch_as_it_was(unreachable: list[str]) -> None:
+    inside, other_began = threading.Event(), threading.Event()
+
+    def other() -> None:
+        assert inside.wait(10)
+        other_began.set()
+        with from_hub(NAME):
+            pass
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with from_hub(NAME):
+        inside.set()
+        assert other_began.wait(10)
+        thread.join(0.2)  # without turns it reads the switch now, and puts that back
+        assert thread.is_alive()
+        assert constants.HF_HUB_OFFLINE
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not constants.HF_HUB_OFFLINE

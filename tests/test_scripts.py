@@ -128,6 +128,16 @@ def test_unknown_and_abbreviated_flags_are_errors(flag: str, capsys: pytest.Capt
     assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
 
 
+def test_a_misspelt_flag_is_one_sentence_with_the_flag_that_was_meant(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        sample_t_stitch.main(["--ratoi", "0.4", "--num_image=3", "--nothing-like-it"])
+    message = "unrecognized arguments: --ratoi 0.4 --num_image=3 --nothing-like-it; did you mean --ratio, --num-images? --help lists what there is"
+    assert capsys.readouterr().err == f"error: {message}\n"
+    with pytest.raises(SystemExit):
+        sample_t_stitch.main(["--num-images", "many"])
+    assert capsys.readouterr().err == "error: argument --num-images: invalid int value: 'many'; --help lists what there is\n"
+
+
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "dit"], ids=["repository", "dit"])
 def test_scripts_run_from_the_root_and_from_their_folder(folder: Path) -> None:
     script = (ROOT / "dit" / "sample_t_stitch.py").relative_to(folder)

@@ -9,8 +9,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,9 +38,20 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return said and re.sub(r" \(default: [^)%]*\)(?= \(default: %)", "", said)  # a script's own default in place of the usual one
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, with the flag that was probably meant, in place of the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence, and exit with 2."""
+        begin, is_unknown, unknown = message.partition("unrecognized arguments: ")
+        flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")] if is_unknown and not begin else []
+        meant = list(dict.fromkeys(match for flag in flags for match in get_close_matches(flag, self._option_string_actions, n=1)))
+        self.exit(2, f"error: {message}; " + (f"did you mean {', '.join(meant)}? " if meant else "") + "--help lists what there is\n")
+
+
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
     """Make a parser whose description is the script's docstring; abbreviated flags are errors, not guesses."""
-    return argparse.ArgumentParser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
+    return _Parser(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
 def help_group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:

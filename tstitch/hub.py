@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from tstitch.errors import InputError
 
 _NO_CONNECTION = (httpx.ConnectError, httpx.ConnectTimeout)
 _REMEMBERED = 60.0  # seconds for which a hub out of reach is not asked again: a model has many parts, and each attempt may take as long as its time-out
+_turn = threading.RLock()  # the library's switch is of the whole process: two loads at once would each put back what the other had set
 _silent_until = 0.0  # on the clock of time.monotonic
 
 
@@ -25,7 +27,7 @@ _silent_until = 0.0  # on the clock of time.monotonic
 def from_hub(source: str | Path, what: str = "", pass_instead: str = "a folder in diffusers format") -> Iterator[None]:
     """Read a model inside, by a library that asks the hub for what is no folder or file here.
 
-    Where no connection to the hub can be opened, its cache alone is read: the hub's library would try again for 23 seconds, file by file.
+    Where no connection to the hub can be opened, its cache alone is read: the hub's library would try again for 23 seconds, file by file. Threads take turns.
 
     Args:
         source: a hub name, a folder or a file.
@@ -36,15 +38,16 @@ def from_hub(source: str | Path, what: str = "", pass_instead: str = "a folder i
         InputError: if the library fails: the terms of the model were not accepted, there is no such model, there is no network, a file is damaged, or another
             reason in the library's words.
     """
-    remote, offline = not Path(source).expanduser().exists(), constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = offline or (remote and not _hub_answers())
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, httpx.HTTPError) as error:
-        reason, advice = _explain(error, source, remote, offline, pass_instead)
-        raise InputError(f"could not load {what}{' ' if what else ''}{source} ({reason}); {advice}") from None
-    finally:
-        constants.HF_HUB_OFFLINE = offline
+    with _turn:
+        remote, offline = not Path(source).expanduser().exists(), constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = offline or (remote and not _hub_answers())
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, LookupError, SafetensorError, httpx.HTTPError) as error:
+            reason, advice = _explain(error, source, remote, offline, pass_instead)
+            raise InputError(f"could not load {what}{' ' if what else ''}{source} ({reason}); {advice}") from None
+        finally:
+            constants.HF_HUB_OFFLINE = offline
 
 
 def _hub_answers() -> bool:
