@@ -5,7 +5,7 @@
     python benchmarks/bench.py --only forward sweep
 
 Only ratios are compared, each with the one that the same case had on the same kind of machine: device, CPU model, threads. One that is more than 10 % below
-it is named. Without a record of this machine there is nothing to compare with: exit code 2.
+it is named, and so is a case that nobody recorded here. Without any record of this machine there is nothing to compare with: exit code 2.
 """
 
 from __future__ import annotations
@@ -72,6 +72,12 @@ def lost(recorded: Mapping[tuple[str, str, str], float], measured: Mapping[tuple
     return [[*key, f"{was:.3f}", "-"] for key, was in recorded.items() if key not in measured and key[0] in cases]
 
 
+def unknown(recorded: Mapping[str, Mapping[tuple[str, str, str], float]], measured: Mapping[str, Mapping[tuple[str, str, str], float]]) -> list[str]:
+    """Cases, each after its benchmark's name, that were measured and have no ratio in the record."""
+    cases = {f"{name}: {case}" for name, now in measured.items() for case in {key[0] for key in now} - {key[0] for key in recorded.get(name, {})}}
+    return sorted(cases)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run them; compare or leave the record."""
     args = parse_args(argv)
@@ -94,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         if rows:
             print(markdown_table(["benchmark", "case", "variant", "reference", "recorded", "now"], rows))
         print(f"{len(rows)} of {compared} ratios fell by more than 10 % or were lost")
+        if new := unknown(recorded, measured):
+            print(f"not compared, since make bench recorded nothing of the kind here: {'; '.join(new)}")
         if not compared and not failed:
             raise InputError("no case that was recorded here was measured again; record the quick forms with make bench")
     for words in failed:

@@ -99,12 +99,18 @@ def _commands(commands: list[str]) -> str:
     return "```bash\n" + "\n".join(commands) + "\n```"
 
 
+def count_pictures(row: dict[str, Any], values: dict[str, Any]) -> str:
+    """What FD-emoji was computed of, where one number of pictures holds for all of a row; it is comparable only at the same."""
+    counts = set(re.findall(r"--(?:num-images|num-fid-samples|eval-images) (\d+)", " ".join(row["emoji"])))
+    return f" FD-emoji of {int(counts.pop()):,} pictures." if len(counts) == 1 and any("FD-emoji" in label for label in values) else ""
+
+
 def outcome(row: dict[str, Any], recorded: dict[str, Any] | None) -> str:
-    """One sentence: what came out, or why there is nothing."""
+    """What came out, or why there is nothing, in a sentence or two."""
     if "emoji" not in row:
         return f"Not run: {row['why_not']}"
     try:
-        return fill_sentence(row["found"], recorded["values"]) if recorded else "Not recorded yet."
+        return fill_sentence(row["found"], recorded["values"]) + count_pictures(row, recorded["values"]) if recorded else "Not recorded yet."
     except InputError:  # the row has changed since
         return "Not recorded yet in this form."
 

@@ -254,6 +254,11 @@ def test_a_check_names_a_fallen_ratio_and_passes_an_equal_or_better_one(checked:
     assert ["forward", "one", "ours", "plain", "2.000", "1.739"] in cells(out) and "1 of 1 ratios fell" in out
 
 
+def test_a_check_names_the_cases_that_nobody_recorded() -> None:
+    measured = {"forward": {("one", "ours", "plain"): 1.0, ("two", "ours", "plain"): 1.0}, "sweep": {("three", "tree", "alone"): 2.0}}
+    assert bench.unknown({"forward": {("one", "ours", "plain"): 1.0}}, measured) == ["forward: two", "sweep: three"]
+
+
 def test_a_check_without_a_record_of_this_machine_is_one_sentence(
     checked: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -113,6 +113,14 @@ def test_whether_a_claim_holds_follows_from_the_numbers() -> None:
     assert not turned_claims(row, {}, values)
 
 
+def test_a_row_says_of_how_many_pictures_its_fd_emoji_is() -> None:
+    row = {"emoji": ["a --num-images 1000", "b --num-images 1000"], "found": "{L FD-emoji}."}
+    values = {"L FD-emoji": {"value": 2.5}}
+    assert report.outcome(row, {"values": values}) == "2.5. FD-emoji of 1,000 pictures."
+    assert report.outcome(row | {"emoji": ["a --num-images 1000", "b --num-images 200"]}, {"values": values}) == "2.5."
+    assert report.outcome(row | {"found": "{loss}."}, {"values": {"loss": {"value": 2.5}}}) == "2.5."
+
+
 def test_every_claim_is_about_recorded_numbers() -> None:
     recorded = read_json(RESULTS)
     assert sum(len(judge(row, recorded[row["id"]]["values"])) for row in ROWS if "claims" in row) >= 50

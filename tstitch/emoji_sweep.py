@@ -294,7 +294,8 @@ def make_rows(
 
 
 def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Schedule, evaluations, speed-up and quality, as Markdown."""
+    """Schedule, evaluations, speed-up and quality, as Markdown; a column that no row has is left out."""
+    has_is = any("is_emoji" in row for row in rows)  # older results have none
     cells = [
         [
             row["name"],
@@ -303,10 +304,9 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['fd_emoji']:.2f}",
             f"{100 * row['fd_relative']:+.1f} %",
             f"{row['fd_emoji_held_out']:.2f}",
-            f"{row['is_emoji']:.2f}" if "is_emoji" in row else "",  # older results have none
+            *([f"{row['is_emoji']:.2f}" if "is_emoji" in row else ""] if has_is else []),
         ]
         for row in rows
     ]
-    return markdown_table(
-        ["schedule", "evaluations", "sampling speed-up", "FD-emoji", "against large alone", "FD-emoji, held-out reference", "IS-emoji"], cells
-    )
+    heads = ["schedule", "evaluations", "sampling speed-up", "FD-emoji", "against large alone", "FD-emoji, held-out reference"]
+    return markdown_table([*heads, *(["IS-emoji"] if has_is else [])], cells)

@@ -1,6 +1,6 @@
 """Noise as a function of (seed, step).
 
-Sample i is the same picture in any batch, on any number of devices, for any schedule, and after a resume, because nothing it is made of comes from a
+Sample i has the same noise in any batch, on any number of devices, for any schedule, and after a resume, because nothing it is made of comes from a
 shared random stream: the value at (seed, step) is the counter-based generator Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
 3") with that pair as its key.
 """

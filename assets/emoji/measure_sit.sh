@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measure FD-emoji of the bundled SiTs for sit/README.md: an hour on two CPU cores. A sweep that was killed goes on.
+# Measure FD-emoji of the bundled SiTs for sit/README.md: three quarters of an hour on two CPU cores. A sweep that was killed goes on.
+# The two fronts that it draws, ratio by ratio, are those of python experiments/run.py --only sit-front.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -10,9 +11,7 @@ sweep() { # name of the results, flags
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 sit/sweep_emoji.py --dtype bf16 --num-images 1000 "${@:2}" --out "$1.json" --work-dir "runs/$(basename "$1")"
 }
 
-# Ratio by ratio: 20 evaluations of an ODE, 21 of an SDE, and a DiT as the small model.
-sweep "$EMOJI/sit_results_ode" ODE --sampling-method heun2 --num-sampling-steps 11
-sweep "$EMOJI/sit_results_sde" SDE --num-sampling-steps 21
+# A DiT as the small model, in 20 evaluations of an ODE.
 sweep benchmarks/results/sit_bridge ODE --sampling-method heun2 --num-sampling-steps 11 --s_ckpt "$EMOJI/dit-small.safetensors"
 # By the number of evaluations. Rounding in bf16 would look rough to an adaptive method.
 sweep benchmarks/results/sit_heun2_6 ODE --sampling-method heun2 --num-sampling-steps 6 --ratios 0 0.5 1
