@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from tstitch.cli import OUTPUT, help_group, new_parser, run
-from tstitch.files import atomic_path, check_folder
+from tstitch.files import atomic_path, check_file
 from tstitch.presets import ROOT
 
 # Part -> centre, width and what it holds; the lowest row is the core.
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Read the imports and draw them."""
     args = parse_args(argv)
-    check_folder(args.out.parent)
+    check_file(args.out)
     plt.rcParams["svg.fonttype"] = "none"  # text stays text: small, and searchable
     plt.rcParams["svg.hashsalt"] = "t-stitch"  # the same bytes every time
     figure, axes = plt.subplots(figsize=(9, 4.4))

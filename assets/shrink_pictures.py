@@ -1,7 +1,7 @@
 """Make the repository's pictures a fraction of their size. They are looked at, never measured.
 
     python assets/shrink_pictures.py assets/figures/*.png pretrained_models/emoji/*.png     # plots: PNG with a palette of 256 colours, in place
-    python assets/shrink_pictures.py --webp figures/demo/grid.png --out assets/figures/demo_grid.webp   # pictures: lossy WebP
+    python assets/shrink_pictures.py --webp figures/demo/grid.png --out assets/figures/demo_grid.webp   # pictures: WebP, lossy or exact, the smaller
 
 A PNG that already has a palette is left as it is.
 """
@@ -9,6 +9,7 @@ A PNG that already has a palette is left as it is.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -39,8 +40,11 @@ def main(argv: list[str] | None = None) -> None:
         picture, before, out = Image.open(path), path.stat().st_size, path
         if args.webp:
             out = args.out or path.with_suffix(".webp")
+            lossy, exact = io.BytesIO(), io.BytesIO()  # the exact one is smaller where large areas are flat, as on a screen
+            picture.convert("RGB").save(lossy, "WEBP", quality=85, method=6)
+            picture.convert("RGB").save(exact, "WEBP", lossless=True, quality=100, method=6)
             with atomic_path(out) as temporary:
-                picture.convert("RGB").save(temporary, quality=85, method=6)
+                temporary.write_bytes(min(lossy.getvalue(), exact.getvalue(), key=len))
             if not args.out:
                 path.unlink()
         elif picture.mode != "P":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,28 @@ def read_log(run_folder: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} is missing or damaged ({error}); pass run folders of a trainer") from None
 
 
+def run_names(folders: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the folders apart, a/dit and b/dit; the name alone where no other folder has it.
+
+    Raises:
+        InputError: if a folder is named twice.
+    """
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]  # noqa: PTH100  (of a link its own name, not its target's)
+    twice = sorted({str(folder) for folder, path in zip(folders, parts, strict=True) if parts.count(path) > 1})
+    if twice:
+        raise InputError(f"{', '.join(twice)}: the same run twice; pass each run once")
+    names = []
+    for path in parts:
+        length = next(k for k in range(1, len(path) + 1) if sum(other[-k:] == path[-k:] for other in parts) == 1)
+        names.append(Path(*path[-length:]).as_posix())
+    return names
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read, draw, print."""
     args = parse_args(argv)
     check_folder(args.out.parent)
-    logs = {folder.name: read_log(folder) for folder in args.runs}
+    logs = {name: read_log(folder) for name, folder in zip(run_names(args.runs), args.runs, strict=True)}
     panels = {
         quantity: {name: [(row["step"], row[quantity]) for row in rows if quantity in row] for name, rows in logs.items()} for quantity in args.quantities
     }

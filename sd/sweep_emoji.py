@@ -38,7 +38,7 @@ from tstitch.data import open_features
 from tstitch.dry_run import MEASURED_ON_CPU, Files, Work, count_flops, show_memory, show_plan
 from tstitch.emoji_sweep import METRIC
 from tstitch.errors import InputError
-from tstitch.files import check_folder, read_json, write_json
+from tstitch.files import check_file, read_json, write_json
 from tstitch.metrics import FeatureStatistics, frechet_distance
 from tstitch.metrics.emoji import EmojiExtractor
 from tstitch.metrics.extractors import create_extractor
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("FD-emoji needs at least 2 images; pass a larger --num-images")
     if args.seed < 0:
         raise InputError(f"--seed must not be negative, got {args.seed}")
-    check_folder(args.out.parent)
+    check_file(args.out)
     captions = choose_captions(args)
     pipe = get_tstitch_pipepline("emoji", device=parse_device(args.device))
     check_steps(pipe, [args.num_sampling_steps])

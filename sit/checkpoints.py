@@ -31,6 +31,7 @@ EMOJI_SIZES: dict[str, dict[str, Any]] = {
     "emoji-large": {"patch_size": 2, "hidden_size": 192, "depth": 5, "num_heads": 4},
 }
 SIT_CONFIGS: dict[str, Callable[..., SiT]] = SiT_models | {name: partial(SiT, **size) for name, size in EMOJI_SIZES.items()}
+ANY_SIZE = "base"  # what --b_ckpt is called beside a preset that has no base model
 
 
 def build_sit(name: str, **arguments: Any) -> SiT:  # noqa: ANN401  (the arguments of SiT)
@@ -65,7 +66,7 @@ def load_sit(path: str | Path, name: str | None = None, **told: Any) -> SiT:  # 
 
 def _load(kind: type[DiT], checkpoint: Checkpoint, name: str | None, told: dict[str, Any]) -> Any:  # noqa: ANN401  (a `kind`)
     wanted: dict[str, Any] = {}
-    if name in SIT_CONFIGS:
+    if name not in (None, ANY_SIZE):
         with torch.device("meta"):
             wanted = build_sit(name).config
     published = as_sized(checkpoint, name, wanted, **told)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tstitch.cli import OUTPUT, help_group, new_parser, run
 from tstitch.emoji_sweep import sweep_table
 from tstitch.errors import InputError
-from tstitch.files import check_folder, read_json
+from tstitch.files import check_file, read_json
 from tstitch.plots import plot_tradeoff
 
 AXES = {"seconds": "seconds per picture on the machine of the sweep, without decoding", "evaluations": "evaluations per picture, of both models together"}
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     results = [read_json(path) for path in args.sweeps]
     if len({result["num_images"] for result in results}) > 1:
         raise InputError(f"these sweeps have {sorted({result['num_images'] for result in results})} pictures; pass sweeps of one number")
-    check_folder(args.out.parent)
+    check_file(args.out)
     common = set.intersection(*({row["name"] for row in result["rows"]} for result in results))
     curves: dict[str, list[tuple[float, float, str]]] = {}
     for path, result in sorted(zip(args.sweeps, results, strict=True), key=lambda pair: sum(pair[1]["rows"][0]["evaluations"])):

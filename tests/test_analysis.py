@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dit import similarity, visualize_sampling_freq
+from dit import plot_runs, similarity, visualize_sampling_freq
 from dit.models import DiT
 from tstitch.analysis import cosine, radial_counts, radial_power, walk_similarity, walk_spectra
 from tstitch.cli import run
 from tstitch.diffusion import create_diffusion
+from tstitch.errors import InputError
 from tstitch.guidance import ClassifierFreeGuidance
 from tstitch.noise import SampleNoise
 from tstitch.sampling import Progress, sample
@@ -132,3 +133,15 @@ def test_one_image_has_no_spread(tmp_path: Path, capsys: pytest.CaptureFixture) 
     with pytest.raises(SystemExit) as stopped:
         run(lambda: similarity.main(["--num-images", "1", "--device", "cpu", "--save_dir", str(tmp_path / "out")]))
     assert stopped.value.code == 2 and "at least 2 images" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_runs_of_equal_folder_name_are_told_apart_by_the_shortest_end_of_their_paths(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = [tmp_path / name for name in ("a/dit", "b/dit", "b/sit", "b/x/y", "c/x/y")]
+    for k, folder in enumerate(runs):
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text("".join(json.dumps({"step": step, "loss": k + 1 / step}) + "\n" for step in (1, 2)))
+    plot_runs.main([*map(str, runs), "--quantities", "loss", "--out", str(tmp_path / "runs.png")])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [[name, "2", f"{k + 0.5:.4g}"] for k, name in enumerate(("a/dit", "b/dit", "sit", "b/x/y", "c/x/y"))]
+    with pytest.raises(InputError, match="the same run twice"):
+        plot_runs.main([str(runs[0]), f"{runs[1]}/../../a/dit", "--quantities", "loss", "--out", str(tmp_path / "runs.png")])

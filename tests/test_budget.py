@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from dit import tune as dit_script
 from ldm.scripts import tune as ldm_script
 from sit import tune as sit_script
 from tstitch.budget import Option, choose, front
 from tstitch.errors import InputError
+from tstitch.presets import ROOT
+from tstitch.tune import peak_memory
 
 # Largest model alone first; "worse" is beaten in both respects by "good".
 OPTIONS = [
@@ -96,6 +101,19 @@ def test_a_budget_that_says_nothing_is_refused_before_anything_is_loaded(budget:
     with pytest.raises(InputError, match="--latency|--speed-up|--max-loss"):
         dit_script.main([*QUICK, *budget, "--out", str(tmp_path / "tune.json")])
     assert not (tmp_path / "tune.json").exists()
+
+
+@pytest.mark.parametrize("script", [dit_script, sit_script, ldm_script], ids=["dit", "sit", "ldm"])
+def test_a_folder_for_a_file_is_refused_before_anything_is_measured(script: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "tune", lambda *how: pytest.fail("measured"))
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        script.main([*(["ODE"] if script is sit_script else []), *QUICK, "--speed-up", "2", "--out", str(tmp_path)])
+
+
+def test_without_the_module_resource_there_is_no_figure_and_everything_else() -> None:
+    as_on_windows = "import sys; sys.modules['resource'] = None; import torch; from tstitch.tune import peak_memory; print(peak_memory(torch.device('cpu')))"
+    assert subprocess.run([sys.executable, "-c", as_on_windows], cwd=ROOT, capture_output=True, text=True, check=True).stdout == "nan\n"
+    assert peak_memory(torch.device("cpu")) > 2**20
 
 
 def test_a_method_that_chooses_its_own_steps_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import GOLDEN, tiny_dit
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dit.checkpoints import load_dit
 from dit.models import DiT, DiT_models, sincos_position_embedding
-from tstitch import presets
+from tstitch import files, presets
+from tstitch.checkpoints import convert as conversion
 from tstitch.checkpoints import doctor, layouts, load_strict, read_weights, save_weights
 from tstitch.checkpoints.__main__ import main
 from tstitch.checkpoints.convert import convert
@@ -32,6 +36,14 @@ def test_weights_come_back_with_their_configuration(tmp_path: Path) -> None:
     loaded = load_dit(tmp_path / "m.safetensors")
     assert loaded.config == model.config
     assert all(torch.equal(a, loaded.state_dict()[k]) for k, a in model.state_dict().items())
+
+
+def test_weights_that_fp16_cannot_hold_are_not_written(tmp_path: Path) -> None:
+    state = {"small": torch.ones(2), "large": torch.tensor([1.0, 7e4])}
+    with pytest.raises(InputError, match="large holds weights too large for float16"):
+        save_weights(tmp_path / "m.safetensors", state, {})
+    assert not list(tmp_path.iterdir())
+    save_weights(tmp_path / "m.safetensors", state, {}, dtype=torch.float32)
 
 
 def test_a_published_training_checkpoint_gives_its_moving_average(tmp_path: Path) -> None:
@@ -104,6 +116,43 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_write_opens_no_folder_where_the_system_opens_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "os", SimpleNamespace(**vars(os) | {"name": "nt", "open": lambda *how: pytest.fail("opened a folder")}))
+    files.write_json(tmp_path / "a.json", [1])
+    assert files.read_json(tmp_path / "a.json") == [1]
+
+
+def test_a_path_that_cannot_become_a_file_is_refused_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.check_file(tmp_path / "new" / "a.json")
+    (tmp_path / "a.json").write_text("[]")
+    files.check_file(tmp_path / "a.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    for folder in (tmp_path, Path(), Path("/")):  # the last two have no name
+        with pytest.raises(InputError, match="is a folder; name a file$|is not writable"):
+            files.check_file(folder)
+    with pytest.raises(InputError, match="a.json is a file; choose another folder"):
+        files.check_file(tmp_path / "a.json" / "b.json")
+    for name in ("x" * 300, "x" * 250):  # the second leaves no room for the temporary name
+        with pytest.raises(InputError, match="File name too long"):
+            files.check_file(tmp_path / name)
+    with pytest.raises(InputError, match="File name too long"):
+        files.check_folder(tmp_path / ("x" * 300) / "out")
+
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    with pytest.raises(InputError, match="Permission denied; choose another path"):
+        files.check_folder(tmp_path / "out")
+
+
+def test_what_cannot_be_read_as_json_is_refused_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Is a directory"):
+        files.read_json(tmp_path)
+    with pytest.raises(InputError, match="File name too long"):
+        files.read_json(tmp_path / ("x" * 300))
+
+
 def says(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     """Run the command line and return the sentence it refuses with."""
     with pytest.raises(SystemExit) as stopped:
@@ -111,6 +160,56 @@ def says(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and error.startswith("error: ") and "\n" not in error
     return error
+
+
+# What a file holds that is a dictionary but no checkpoint, or one whose trainer says nothing usable; and what is answered, if not its tensors.
+WEIGHT = {"w": torch.ones(2)}
+ODD = {
+    "numbers for names": ({0: torch.ones(2)}, "keys such as 0"),
+    "numbers for names inside": ({"model": {0: torch.ones(2)}}, "no state dict of named tensors"),
+    "a list of arguments": ({"args": [1, 2], "model": WEIGHT}, None),
+    "arguments without names": ({"args": {1: 2}, "model": WEIGHT}, None),
+    "a number for a configuration": ({"args": {"model_config": 3}, "model": WEIGHT}, None),
+    "a number for a status": ({"status": 3, "model": WEIGHT}, None),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_file_gets_one_sentence_or_is_read_for_its_tensors_alone(case: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    content, sentence = ODD[case]
+    torch.save(content, tmp_path / "odd.pt")
+    if sentence:
+        assert sentence in says(capsys, "inspect", tmp_path / "odd.pt")
+    else:
+        assert read_weights(tmp_path / "odd.pt")[1] == {}
+        main(["inspect", str(tmp_path / "odd.pt"), "--json"])
+        (found,) = json.loads(capsys.readouterr().out)
+        assert (found["layout"], found["tensors"], found["config"]) == ("unknown", 1, None)
+        assert "is not a DiT: it has w" in says(capsys, "convert", tmp_path / "odd.pt", "--out", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("config", ["[1]", "null", "3"])
+def test_a_header_that_is_no_configuration_is_as_none(config: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = published_width(3)
+    save_file(model.state_dict(), tmp_path / "m.safetensors", {"config": config})
+    main(["inspect", str(tmp_path / "m.safetensors"), "--json"])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["layout"] == "DiT" and found["config"] == model.config
+
+
+def test_a_trainer_s_words_of_another_kind_are_left_out(tmp_path: Path) -> None:
+    model = published_width(3)
+    torch.save({"model": model.state_dict(), "args": {"image_size": "64", "num_classes": None, "posenc": 3}}, tmp_path / "m.pt")
+    assert load_dit(tmp_path / "m.pt").config == model.config
+
+
+def test_a_name_that_is_too_long_or_a_folder_is_refused_before_the_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "File name too long" in says(capsys, "inspect", tmp_path / ("x" * 300))
+    (tmp_path / "out.safetensors").mkdir()
+    monkeypatch.setattr(conversion, "read_checkpoint", lambda path: pytest.fail("read"))
+    assert "out.safetensors is a folder; name a file" in says(capsys, "convert", tmp_path / "m.pt", "--out", tmp_path / "out.safetensors")
 
 
 def published_width(seed: int, **changes: object) -> DiT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -13,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 
 from benchmarks import feature_loading
 from dit import extract_features, train
-from tstitch.autoencoder import PIXELS, Autoencoder, weights_file
+from tstitch.autoencoder import PIXELS, Autoencoder, AutoencoderFile, weights_file
 from tstitch.cli import run
-from tstitch.data import FeatureStore, FileFeatures, ImageLatents, draw_latents, open_features, write_features
+from tstitch.data import FeatureStore, FeatureWriter, FileFeatures, ImageLatents, draw_latents, open_features, write_features
 from tstitch.errors import InputError
 from tstitch.noise import SampleNoise
 from tstitch.pictures import DamagedPictureError, ImageFolder, center_crop
@@ -195,6 +196,34 @@ def test_a_pixel_decodes_to_the_level_whose_cell_it_lies_in() -> None:
     assert Autoencoder(PIXELS).decode(beyond).unique().tolist() == [0, 255]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_refused_and_not_decoded_to_black(vae: Path, value: float) -> None:
+    latents = torch.zeros(5, 4, 2, 2)
+    latents[3, 1, 1, 0] = value
+    autoencoder = Autoencoder(vae)
+    with pytest.raises(InputError, match="the samples are not finite"):
+        autoencoder.decode(latents, batch=2)
+    assert len(autoencoder.decode(latents[:3], batch=2)) == 3
+
+
+def test_latents_that_are_not_finite_are_refused_by_an_autoencoder_that_quantises_them_to_pictures() -> None:
+    torch.manual_seed(0)
+    vq = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=3, num_vq_embeddings=5)
+    autoencoder = Autoencoder(AutoencoderFile(Path("vq.ckpt"), lambda: vq))
+    latents = torch.zeros(1, 3, 8, 8)
+    assert autoencoder.decode(latents).shape == (1, 3, 8, 8)
+    latents[0, 0, 0, 0] = math.nan
+    with pytest.raises(InputError, match="the samples are not finite"):
+        autoencoder.decode(latents)
+
+
+def test_latents_that_overflow_half_precision_are_refused(vae: Path) -> None:
+    latents = torch.full((1, 4, 2, 2), 1e5)
+    assert len(Autoencoder(vae).decode(latents)) == 1
+    with pytest.raises(InputError, match="--dtype fp32 or bf16"):
+        Autoencoder(vae, dtype=torch.float16).decode(latents)
+
+
 def test_without_flip_there_is_one_image_of_each_picture(pictures: Path, vae: Path, store: Path, tmp_path: Path) -> None:
     extract_features.main(arguments(pictures, vae, tmp_path, "--no-flip"))
     assert np.array_equal(FeatureStore(tmp_path).moments[:, 0], FeatureStore(store).moments[:, 0]) and FeatureStore(tmp_path).moments.shape[1] == 1
@@ -350,6 +379,33 @@ def test_a_store_that_is_missing_truncated_or_of_the_wrong_count_is_refused(tmp_
     damage(folder)
     with pytest.raises(InputError, match=says):
         open_features(folder)
+
+
+def test_files_that_no_index_speaks_for_are_left_alone_and_a_kill_while_laying_out_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def writer() -> FeatureWriter:
+        return FeatureWriter(tmp_path, {"count": 2, "mirrors": 1, "latent_shape": [4, 2, 2]}, torch.tensor([3, 4]))
+
+    np.save(tmp_path / "labels.npy", np.arange(5))
+    with pytest.raises(InputError, match=r"labels.npy is there, and no index.json"):
+        writer().begin()
+    assert np.load(tmp_path / "labels.npy").tolist() == [0, 1, 2, 3, 4] and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "labels.npy").unlink()
+
+    lay_out = FeatureWriter._lay_out
+
+    def killed(self: FeatureWriter) -> None:
+        np.save(self.folder / "labels.npy", self.labels.numpy())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FeatureWriter, "_lay_out", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer().begin()
+    monkeypatch.setattr(FeatureWriter, "_lay_out", lay_out)
+    again = writer()
+    again.begin()
+    again.write([1], np.full((1, 1, 8, 2, 2), 0.5))
+    writer().begin()  # what is stored stays
+    assert np.load(tmp_path / "moments.npy")[:, 0, 0, 0, 0].tolist() == [0, 0.5]
 
 
 def test_moments_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_flops_and_evaluations_are_those_of_the_run(planned: Callable, tmp_path:
     flops = flops_of_run(script.main, *words, *QUICK, "--save_dir", "out")
     assert number(said["FLOPs"][0]) == pytest.approx(flops, rel=0.01)
     found = {letter: float(count) for letter, count in re.findall(r"([A-Z]+) ([\d.]+)", said["evaluations"][0].split(" a picture")[0])}
-    written = tmp_path / "out" / ("results.json" if (tmp_path / "out" / "results.json").exists() else "config.json")
+    written = tmp_path / "out" / ("results.json" if (tmp_path / "out" / "results.json").exists() else "sample.json")
     record = json.loads(written.read_text())
     taken = record["rows"][0]["evaluations"] if "rows" in record else [record["evaluations"]]
     assert list(found.values()) == taken

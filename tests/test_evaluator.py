@@ -221,7 +221,9 @@ BAD_ARGUMENTS = {
     "missing graph": (["ref.npz", "samples.npz", "--backend", "tensorflow", "--graph", "nowhere.pb"], "no file nowhere.pb"),
     "tensorflow emoji": (["ref.npz", "samples.npz", "--backend", "tensorflow", "--extractor", "emoji"], "Inception alone"),
     "statistics": (["ref.npz", "--save-statistics", "a.txt"], "writes an .npz file"),
+    "folder for a result": (["ref.npz", "samples.npz", "--json", "."], "is a folder; name a file"),
     "missing result": (["--compare", "nowhere.json"], "no file nowhere.json"),
+    "folder of results": (["--compare", "."], "could not read . (Is a directory)"),
 }
 
 

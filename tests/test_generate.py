@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -26,8 +27,10 @@ from dit.checkpoints import load_denoisers
 from tstitch import generate
 from tstitch.autoencoder import Autoencoder
 from tstitch.cli import run, sampling_plan, stitched_files
+from tstitch.errors import InputError
 from tstitch.noise import SampleNoise
 from tstitch.presets import ROOT
+from tstitch.sample_folder import alone_in
 from tstitch.sampling import sample
 from tstitch.schedule import StitchSchedule
 
@@ -120,7 +123,43 @@ def test_a_sweep_cut_off_in_sampling_and_in_writing_shows_whole_files_only(devic
         finished = {path.name: path.read_bytes() for path in (tmp_path / "cut").glob("*.npz")}
         assert len(finished) == visible and finished.items() <= undisturbed.items()
     (tmp_path / "cut" / ".ratio_1.00.123.tmp.npz").write_bytes(b"left by a kill")
-    assert contents(sweep("cut")) == undisturbed
+    others = [tmp_path / "cut" / "sub" / ".notes.1.tmp.txt", tmp_path / "cut" / ".notes.1.tmp.txt"]
+    others[0].parent.mkdir()
+    for path in others:
+        path.write_text("somebody's own")
+    sweep("cut")
+    for path in others:
+        path.unlink()
+    others[0].parent.rmdir()
+    assert contents(tmp_path / "cut") == undisturbed
+
+
+def test_a_second_run_is_kept_out_of_a_folder_that_is_being_filled(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "sweep"):
+        with pytest.raises(InputError, match="another run is filling"):
+            sample_ddp_t_stitch.main([*TINY, "--sample-dir", str(tmp_path / "sweep")])
+        assert not list((tmp_path / "sweep").iterdir())
+    sample_ddp_t_stitch.main([*TINY, "--sample-dir", str(tmp_path / "sweep")])
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [*TINY, "--sample-dir", str(tmp_path / "sweep")]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_for_the_writer(file: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            full()
+
+    for where, disk in (("os.fsync", full), ("os.fsync", full_for_the_writer), ("shutil.copyfileobj", full)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tstitch.sample_folder.{where}", disk)
+            with pytest.raises(InputError, match=r"No space left on device\); mend that and run again"):
+                sample_ddp_t_stitch.main(command)
+        assert not list((tmp_path / "sweep").glob("[!.]*.npz"))
+    sample_ddp_t_stitch.main(command)
+    assert list((tmp_path / "sweep").glob("*.npz"))
 
 
 def test_pictures_are_the_same_whether_they_are_decoded_beside_the_sampling_or_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +358,7 @@ BAD_INPUT = {
     "weights": (["--sample-dir", "elsewhere", "--s_ckpt", "nowhere.pt"], "nowhere.pt"),
     "a file in the way": (["--sample-dir", "file"], "is a file"),
     "samples of unknown origin": (["--sample-dir", "unknown"], "no config.json"),
+    "somebody's own folder work": (["--sample-dir", "mine"], "no config.json"),
 }
 
 
@@ -330,6 +370,8 @@ def test_bad_input_gets_one_sentence_and_changes_nothing(
     (tmp_path / "file").touch()
     (tmp_path / "unknown").mkdir()
     (tmp_path / "unknown" / "ratio_0.50.npz").touch()
+    (tmp_path / "mine" / "work").mkdir(parents=True)
+    (tmp_path / "mine" / "work" / "thesis.txt").write_text("mine")
     before = contents(tmp_path) | contents(whole)
     arguments, says = BAD_INPUT[case]
     with pytest.raises(SystemExit) as stopped:

@@ -6,14 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dit import sample as sample_script
 from dit import sample_t_stitch, sweep_emoji
 from dit.checkpoints import build_dit
+from ldm.scripts import sweep_emoji as ldm_sweep_emoji
+from sit import sweep_emoji as sit_sweep_emoji
 from tstitch import emoji_sweep
 from tstitch.checkpoints import file_hash, save_weights
 from tstitch.cli import run, sampling_plan
@@ -111,6 +115,19 @@ def test_a_folder_that_cannot_be_written_is_refused_before_sampling(tmp_path: Pa
         run(lambda: sample_t_stitch.main([*QUICK, "--save_dir", str(tmp_path / "file" / "out")]))
     assert stopped.value.code == 2 and "is a file; choose another folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "in the way"
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: sample_t_stitch.main([*QUICK, "--save_dir", str(tmp_path / ("x" * 300))]))
+    assert stopped.value.code == 2 and "File name too long" in capsys.readouterr().err
+
+
+def test_a_device_without_memory_is_one_sentence_with_the_flags_that_need_less(capsys: pytest.CaptureFixture) -> None:
+    def main() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and error.startswith("error: out of memory on the device; pass a smaller --max-batch") and "\n" not in error
 
 
 def test_a_checkpoint_for_other_pictures_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -236,3 +253,20 @@ def test_a_sweep_takes_any_schedules_and_refuses_what_is_none(tmp_path: Path) ->
     for wrong, reason in (("{", "not a stitch schedule"), ('{"fractions": [0.5, 0.5], "order": [0, 3]}', "denoiser")):
         with pytest.raises(InputError, match=reason):
             sweep_emoji.main([*few, "--schedules", wrong])
+
+
+@pytest.mark.parametrize("script", [sweep_emoji, sit_sweep_emoji, ldm_sweep_emoji], ids=["dit", "sit", "ldm"])
+def test_a_sweep_refuses_results_that_its_picture_would_overwrite_or_that_are_a_folder(script: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    first = ["ODE"] if script is sit_sweep_emoji else []
+    few = [*first, "--num-images", "2", "--device", "cpu", "--work-dir", str(tmp_path / "work"), "--out"]
+    monkeypatch.setattr(emoji_sweep, "Autoencoder", lambda *how: pytest.fail("began to work"))
+    for name in ("x.png", "dit_0.5", "results"):
+        with pytest.raises(InputError, match=rf"{name} must end in \.json"):
+            script.main([*few, str(tmp_path / name)])
+    for name in ("a.json", "b.png"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=r"a\.json is a folder; name a file"):
+        script.main([*few, str(tmp_path / "a.json")])
+    with pytest.raises(InputError, match=r"b\.png is a folder; name a file"):
+        script.main([*few, str(tmp_path / "b.json")])
+    assert not (tmp_path / "work").exists()

@@ -29,7 +29,7 @@ from sit.models import SiT, SiT_models
 from sit.transport import DIFFUSION_FORMS, LAST_STEPS, ODE, SDE, create_transport
 from sit.transport.ode import ADAPTIVE
 from tstitch import generate
-from tstitch.checkpoints import read_checkpoint, save_weights
+from tstitch.checkpoints import read_checkpoint, read_weights, save_weights
 from tstitch.checkpoints.convert import convert
 from tstitch.cli import sampling_plan
 from tstitch.data import write_features
@@ -116,7 +116,7 @@ def test_all_tradeoffs_of_a_flow_make_a_grid_and_eleven_rows(weights: list[str],
 def test_one_model_makes_pictures_and_says_what_they_cost(weights: list[str], tmp_path: Path, equation: list[str]) -> None:
     arguments = [*equation, *FEW, "--model", "emoji-large", "--ckpt", weights[3], "--num-sampling-steps", "4"]
     sample.main([*arguments, "--save_dir", str(tmp_path / "one")])
-    record = json.loads((tmp_path / "one" / "config.json").read_text())
+    record = json.loads((tmp_path / "one" / "sample.json").read_text())
     assert record["evaluations"] > 0 and Image.open(tmp_path / "one" / "sample.png").width > 100
 
 
@@ -211,6 +211,31 @@ def test_what_cannot_be_walked_is_refused_with_the_flag_to_mend(weights: list[st
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_an_unknown_name_is_refused_as_by_the_dit_scripts_and_a_base_model_needs_none(weights: list[str], tmp_path: Path) -> None:
+    few = [*FEW, "--sampling-method", "euler", "--num-sampling-steps", "5"]  # which are 4 intervals
+    with pytest.raises(InputError, match="unknown model 'emoji-smal'; choose from .*emoji-small"):
+        sample.main(["ODE", *few, "--model", "emoji-smal", "--ckpt", weights[1], "--save_dir", str(tmp_path / "out")])
+    with pytest.raises(InputError, match="unknown model 'emoji-smal'"):
+        load_sit(weights[1], "emoji-smal")
+    assert not (tmp_path / "out").exists()
+    three = [*weights, "--b_ckpt", weights[1], "--three_combo", "0.25", "0.25", "0.5"]
+    sample_t_stitch.main(["ODE", *few, *three, "--save_dir", str(tmp_path / "three")])
+    assert json.loads((tmp_path / "three" / "results.json").read_text())["rows"][0]["evaluations"] == [1, 1, 2]
+
+
+def test_weights_that_are_not_finite_leave_no_sample_file_to_measure(weights: list[str], tmp_path: Path) -> None:
+    tensors, config = read_weights(weights[3])
+    tensors["final_layer.linear.bias"][0] = float("nan")
+    save_weights(tmp_path / "nan.safetensors", tensors, config)
+    few = ["ODE", *FEW[:4], "--num-sampling-steps", "2", "--sampling-method", "euler"]
+    with pytest.raises(InputError, match="the samples are not finite"):
+        sample_ddp.main([
+            *few, "--model", "emoji-large", "--ckpt", str(tmp_path / "nan.safetensors"), "--num-fid-samples", "3", "--per-proc-batch-size", "2",
+            "--sample-dir", str(tmp_path / "samples"),
+        ])  # fmt: skip
+    assert not list((tmp_path / "samples").glob("*.npz"))
+
+
 def test_every_choice_of_the_command_line_makes_its_equation(weights: list[str]) -> None:
     """All methods, forms, last steps and predictions, as words; which of them are finite is the transport's own test."""
     for method in ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams", *ADAPTIVE):
@@ -232,7 +257,7 @@ def test_a_trained_sit_is_sampled_as_what_it_was_trained_for(store: Path, tmp_pa
         assert said == {"path_type": "GVP", "prediction": "noise", "loss_weight": "velocity", "train_eps": 1e-3, "sample_eps": 0.01}
         assert load_sit(path).latent_shape == (4, 16, 16)
         sample.main(["ODE", *FEW, "--model", "emoji-large", "--ckpt", str(path), "--sampling-method", "euler", "--save_dir", str(tmp_path / "s")])
-        assert json.loads((tmp_path / "s" / "config.json").read_text())["settings"]["path"] == "GVP"
+        assert json.loads((tmp_path / "s" / "sample.json").read_text())["settings"]["path"] == "GVP"
     with pytest.raises(InputError, match="was trained as a SiT"):
         load_dit(tmp_path / "out.safetensors")
     convert(path, tmp_path / "converted.safetensors")

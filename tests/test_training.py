@@ -286,6 +286,22 @@ def test_training_values_out_of_range_are_refused(features: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("train", [dit.train, sit.train], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("words", ["--eval-images 20", "--eval-extractor emoji --cfg-scale 2", "--eval-reference x.npz", "--eval-batch-size 8"])
+def test_words_of_an_evaluation_without_one_are_refused(features: Path, tmp_path: Path, train: ModuleType, words: str) -> None:
+    with pytest.raises(InputError, match=r"--eval-.* without --eval-every evaluates nothing; pass --eval-every STEPS"):
+        train.main(arguments(features, tmp_path / "run", 2, *words.split()))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("train", [dit.train, sit.train], ids=lambda module: module.__name__)
+def test_an_export_onto_a_folder_is_refused_before_training(features: Path, tmp_path: Path, train: ModuleType) -> None:
+    (tmp_path / "x.safetensors").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        train.main(arguments(features, tmp_path / "run", 2, "--export", str(tmp_path / "x.safetensors")))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("flag", ["--max-steps", "--global-batch-size", "--ckpt-every", "--keep", "--log-every"])
 def test_counts_below_one_are_refused(features: Path, tmp_path: Path, flag: str) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -134,9 +134,20 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 16) -> Tensor:
-        """Scaled latents (N, C, h, w) -> uint8 pictures (N, 3, H, W) on the CPU, `batch` at a time to bound memory."""
+        """Scaled latents (N, C, h, w) -> uint8 pictures (N, 3, H, W) on the CPU, `batch` at a time to bound memory.
+
+        Raises:
+            InputError: if latents or pictures are not finite, which uint8 would show as black.
+        """
         scaled = latents.to(self.device, self.dtype) / self.scaling_factor
-        return torch.cat([to_uint8(self.vae.decode(part).sample).cpu() for part in scaled.split(batch)])
+        pictures, finite = [], []
+        for part in scaled.split(batch):
+            decoded = self.vae.decode(part).sample
+            finite.append(part.isfinite().all() & decoded.isfinite().all())  # of the latents too: a VQModel quantises NaN to pictures
+            pictures.append(to_uint8(decoded).cpu())
+        if not torch.stack(finite).all():  # read after the copies, which have waited for the device already
+            raise InputError("the samples are not finite (NaN or infinity); try --dtype fp32 or bf16, or check the weights")
+        return torch.cat(pictures)
 
 
 def weights_file(source: Source) -> Path:

@@ -17,7 +17,7 @@ import torch
 from tstitch.autoencoder import Autoencoder
 from tstitch.cli import OUTPUT, Load, SamplingPlan, help_group
 from tstitch.errors import InputError
-from tstitch.files import check_folder, write_json
+from tstitch.files import check_file, write_json
 from tstitch.presets import DenoiserFile
 from tstitch.results import markdown_table, quality_by_schedule, run_record
 from tstitch.schedule import StitchSchedule
@@ -67,7 +67,7 @@ def check_budget(args: argparse.Namespace) -> None:
     for flag, value, least in (("--latency", args.latency, 0), ("--speed-up", args.speed_up, 0), ("--max-loss", args.max_loss, -100)):
         if value is not None and not least < value < math.inf:
             raise InputError(f"{flag} must be a number above {least}, got {value}")
-    check_folder(args.out.parent)
+    check_file(args.out)
 
 
 def front(options: Sequence[Option]) -> list[Option]:

@@ -96,12 +96,16 @@ class YesNo(argparse.BooleanOptionalAction):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script: input that cannot be used becomes one sentence on stderr and exit code 2."""
+    """Run a script: input that cannot be used, or that the device has no memory for, becomes one sentence on stderr and exit code 2."""
     code = 0
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except torch.OutOfMemoryError:
+        fewer = "a smaller --max-batch, --per-proc-batch-size or --batch-size, or to a trainer a larger --gradient-accumulation-steps"
+        print(f"error: out of memory on the device; pass {fewer} (--help lists which there is)", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -148,7 +152,11 @@ def add_sampling_args(parser: argparse.ArgumentParser, *, fid: bool = False, dif
     group = help_group(parser, SAMPLED)
     group.add_argument("--preset", metavar="NAME", help=f"model set: {', '.join(PRESETS)} (default: imagenet of --image-size)")
     if diffusion:
-        group.add_argument("--recipe", metavar="NAME", help=f"how a published number was made, for the defaults of all that follows: {', '.join(RECIPES)}")
+        group.add_argument(
+            "--recipe", metavar="NAME",
+            help=f"how one model's published number was made, for the defaults of all that follows: {', '.join(RECIPES)}; the number itself is shown only "
+            "where nothing overrides it and nothing is stitched",
+        )  # fmt: skip
     group.add_argument("--image-size", type=int, metavar="PIXELS", help="height and width of the pictures, a multiple of the latents' and patches' size")
     group.add_argument("--num-classes", type=int, help="number of classes; the null label is this number")
     group.add_argument("--class-labels", type=int, nargs="+", metavar="LABEL", help=labels_help)
@@ -230,7 +238,7 @@ class SamplingPlan:
     max_batch: int | None  # None: the walker measures
     compile: bool = False
     dry_run: bool = False  # say what it would cost, and do nothing
-    recipe: Recipe | None = None
+    recipe: Recipe | None = None  # only where all of it is followed: its published number is shown beside the result
     learned_null: bool = True  # guidance asks the models for the null label that they learned; False where the walker brings another
     also: Mapping[str, object] = field(default_factory=dict)  # settings of the backbone
 
@@ -352,7 +360,19 @@ def sampling_plan(
         max_batch=args.max_batch or getattr(args, "per_proc_batch_size", None),
         compile=args.compile,
         dry_run=getattr(args, "dry_run", False),
-        recipe=recipe,
+        recipe=recipe if recipe and _follows(args, recipe, preset, fid) else None,
+    )
+
+
+def _follows(args: argparse.Namespace, recipe: Recipe, preset: Preset, fid: bool) -> bool:
+    """Whether a command line asks for what a recipe's number was measured on; `preset` is the one that the recipe filled."""
+    told = {name: getattr(recipe, name) for name in ("solver", "num_sampling_steps", "cfg_scale", *(["num_images"] if fid else []))}
+    told |= {"model": recipe.model, "image_size": preset.image_size, "num_classes": preset.num_classes, **({"class_labels": None} if fid else {})}
+    return (
+        hasattr(args, "model")  # scripts that stitch have none
+        and all(getattr(args, name) in (None, value) for name, value in told.items())
+        and _parse_channels(args.cfg_channels, preset) == recipe.cfg_channels
+        and NAMED_VAES.get(args.vae, args.vae) in (None, recipe.vae)
     )
 
 
@@ -383,7 +403,8 @@ def choose_file(args: argparse.Namespace, plan: SamplingPlan) -> DenoiserFile:
         InputError: if there are no weights for that model.
     """
     known = {file.model: file for file in plan.preset.denoisers}
-    name = args.model or (plan.recipe.model if plan.recipe else plan.preset.denoisers[-1].model)
+    recipe = getattr(args, "recipe", None)  # not the plan's, which is gone where anything else was overridden
+    name = args.model or (get_recipe(recipe).model if recipe else plan.preset.denoisers[-1].model)
     if args.ckpt is None and name not in known:
         raise InputError(f"preset {plan.preset.name} has no weights for {name}; pass --ckpt, or choose from {', '.join(known)}")
     return known[name] if args.ckpt is None else DenoiserFile(name, name, args.ckpt)

@@ -103,15 +103,15 @@ class FeatureWriter:
             InputError: if the folder was begun with other settings, or the disk is too small.
         """
         earlier = self.check()
-        if earlier is None:
-            self._lay_out()
         if earlier is None or self.finished.exists():
             status = np.full(self.index["count"], 0 if earlier is None else self.STORED, dtype=np.uint8)
             status[[damaged["item"] for damaged in (earlier or {}).get("damaged", [])]] = self.DAMAGED
             with atomic_path(self.status) as temporary:
                 status.tofile(temporary)
-            write_json(self.unfinished, self.index)
+            write_json(self.unfinished, self.index)  # from here on the files are known to be this run's
             self.finished.unlink(missing_ok=True)
+        if not len(self.items_with(self.STORED)):  # also where a kill came before
+            self._lay_out()
 
     def check(self) -> dict[str, Any] | None:
         """What an earlier run said of the folder, None where there was none; writes nothing.
@@ -121,6 +121,9 @@ class FeatureWriter:
         """
         earlier = next((read_json(path) for path in (self.finished, self.unfinished) if path.exists()), None)
         if earlier is None:
+            for path in (self.folder / "labels.npy", self.folder / "moments.npy"):
+                if path.exists():
+                    raise InputError(f"{path} is there, and no index.json says what it is; choose another folder for the features, or remove it")
             self._check_room()
             return None
         # The hash says which VAE it is, wherever it lies.

@@ -24,7 +24,7 @@ from tstitch.checkpoints import file_hash
 from tstitch.cli import MACHINE, MODELS, OUTPUT, STITCHING, Load, SamplingPlan, add_dry_run_arg, help_group, positive_int
 from tstitch.dry_run import Files, plan_sampling
 from tstitch.errors import InputError
-from tstitch.files import atomic_path, check_folder, read_json, write_json
+from tstitch.files import atomic_path, check_file, check_folder, read_json, write_json
 from tstitch.generate import Ranks, walk
 from tstitch.guidance import SizedDenoiser
 from tstitch.metrics import FeatureStatistics, frechet_distance
@@ -46,7 +46,7 @@ METRIC = "FD-emoji: Frechet distance in the features of the bundled extractor; c
 def add_sweep_args(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the words of a sweep; `sweep` reads them. `name` makes the default folders."""
     output = help_group(parser, OUTPUT)
-    output.add_argument("--out", type=Path, default=Path(f"results/{name}.json"), help="results file to write, and a picture beside it")
+    output.add_argument("--out", type=Path, default=Path(f"results/{name}.json"), help="results file to write, .json, and a picture beside it, .png")
     output.add_argument("--work-dir", type=Path, default=Path(f"runs/{name}"), help="where sums wait for a resume")
     help_group(parser, MODELS).add_argument(
         "--models", type=Path, default=ROOT / "pretrained_models" / "emoji", metavar="FOLDER", help="folder of the feature extractor and its reference"
@@ -97,7 +97,10 @@ def sweep(
     with ranks.agree():
         if len(plan.labels) < 2:
             raise InputError("FD-emoji needs at least 2 images; pass a larger --num-images")
-        check_folder(args.out.parent)
+        if args.out.suffix != ".json":
+            raise InputError(f"--out {args.out} must end in .json; the picture beside it takes the same name with .png")
+        check_file(args.out)
+        check_file(args.out.with_suffix(".png"))
         check_folder(args.work_dir)
         denoisers, autoencoder = load(plan, files), Autoencoder(plan.vae, plan.device)
         extractor = create_extractor("emoji", plan.device, args.models)

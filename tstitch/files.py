@@ -21,7 +21,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = _temporary(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -31,19 +31,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
-        # The rename itself is durable only once the folder is on disk.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        # The rename itself is durable only once the folder is on disk; Windows opens no folders.
+        if os.name != "nt":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+
 def existing_folder(path: Path) -> Path:
-    """The path itself, or the nearest above it that is there."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    """The path itself, or the nearest above it that is there.
+
+    Raises:
+        InputError: if the system does not say, for a name that is too long or a folder that may not be searched.
+    """
+    try:
+        return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    except OSError as error:
+        raise InputError(f"cannot use {path}: {error.strerror}; choose another path") from None
 
 
 def check_folder(path: Path) -> None:
@@ -61,6 +73,18 @@ def check_folder(path: Path) -> None:
         raise InputError(f"cannot write to {path}: {existing} is not writable; choose another folder") from None
 
 
+def check_file(path: Path) -> None:
+    """Refuse, before any work, a file that could not be written.
+
+    Raises:
+        InputError: if it is a folder, its name is too long, or its parent is refused by `check_folder`.
+    """
+    check_folder(path.parent)
+    if existing_folder(path) == path and path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    existing_folder(_temporary(path))  # the longer of the two names that `atomic_path` writes
+
+
 def write_json(path: str | Path, content: Any) -> None:  # noqa: ANN401  (whatever json takes)
     """Write `content` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
@@ -71,11 +95,13 @@ def read_json(path: str | Path) -> Any:  # noqa: ANN401
     """Read JSON.
 
     Raises:
-        InputError: if the file is missing or is no JSON.
+        InputError: if the file is missing, cannot be read or is no JSON.
     """
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise InputError(f"no file {path}; check the path") from None
+    except OSError as error:
+        raise InputError(f"could not read {path} ({error.strerror}); check the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); repair or remove it") from None

@@ -17,21 +17,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import time
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,12 +35,12 @@ from tstitch.autoencoder import Autoencoder
 from tstitch.cli import MACHINE, OUTPUT, Load, SamplingPlan, YesNo, add_dry_run_arg, add_sampling_args, help_group, positive_int
 from tstitch.dry_run import Files, picture_bytes, plan_sampling
 from tstitch.errors import InputError
-from tstitch.files import atomic_path, check_folder, read_json, write_json
+from tstitch.files import check_folder
 from tstitch.guidance import SizedDenoiser
 from tstitch.noise import SampleNoise
-from tstitch.plots import save_image
 from tstitch.presets import DenoiserFile
 from tstitch.results import weight_hashes
+from tstitch.sample_folder import SampleFolder, alone_in
 from tstitch.schedule import StitchSchedule
 from tstitch.tune import wait_for
 from tstitch.walker import Walked
@@ -113,106 +109,6 @@ def fix_arithmetic(device: torch.device, tf32: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # what torchrun sets for its processes
-
-
-class SampleFolder:
-    """A sweep on disk.
-
-    config.json says what it is. `name`.npz (arr_0, uint8 N x H x W x 3) and `name`.json are a finished schedule. work/ is there until all are finished:
-    `name`.u8 has the pictures of a schedule back to back, done/ an empty file for each chunk whose pictures are on disk.
-    """
-
-    def __init__(self, folder: Path, names: Sequence[str], count: int, image_size: int, batch: int, png: bool = False) -> None:
-        self.folder, self.names, self.png = folder, names, png
-        self.shape = (count, image_size, image_size, 3)
-        self.chunks = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
-        self.work, self.marks = folder / "work", folder / "work" / "done"
-
-    def npz(self, name: str) -> Path:
-        """Finished pictures of a schedule."""
-        return self.folder / f"{name}.npz"
-
-    def _pixels(self, name: str) -> Path:
-        return self.work / f"{name}.u8"
-
-    @property
-    def unfinished(self) -> list[str]:
-        """Schedules that have no .npz yet."""
-        return [name for name in self.names if not self.npz(name).exists()]
-
-    def _begun(self) -> bool:
-        return all(self._pixels(name).exists() for name in self.unfinished)
-
-    def left(self) -> list[int]:
-        """Chunks that are still to be made."""
-        if not self.unfinished:
-            return []
-        done = {path.name for path in self.marks.glob("*")} if self._begun() else set()
-        return [c for c in range(len(self.chunks)) if f"{c:06d}" not in done]
-
-    def check(self, config: dict[str, Any]) -> None:
-        """Refuse a folder that belongs to another run.
-
-        Raises:
-            InputError: naming what differs.
-        """
-        path = self.folder / "config.json"
-        if path.exists():
-            found = read_json(path)
-            differ = [key for key in config if not isinstance(found, dict) or found.get(key) != config[key]]
-            if differ:
-                raise InputError(f"{self.folder} holds another sweep (other {', '.join(differ)}); remove it or choose another --sample-dir")
-        elif any(self.npz(name).exists() for name in self.names):
-            raise InputError(f"{self.folder} holds samples of unknown settings (no config.json); choose another --sample-dir")
-
-    def begin(self, config: dict[str, Any]) -> None:
-        """Prepare for the chunks that are left."""
-        write_json(self.folder / "config.json", config)
-        if not self._begun():
-            shutil.rmtree(self.work, ignore_errors=True)  # marks of pictures that are not there
-        self.marks.mkdir(parents=True, exist_ok=True)
-        for name in self.names:
-            self._pixels(name).touch()
-
-    def is_marked(self, chunk: int) -> bool:
-        """Whether a chunk is on disk."""
-        return (self.marks / f"{chunk:06d}").exists()
-
-    def write(self, chunk: int, images: Iterable[Tensor]) -> None:
-        """Store a chunk, uint8 (n, 3, H, W) for each schedule, then mark it."""
-        numbers = self.chunks[chunk]
-        for name, pictures in zip(self.names, images, strict=True):
-            pixels = pictures.permute(0, 2, 3, 1).contiguous().numpy()
-            # Not memory-mapped: over a network disk, two machines that map one file undo each other's pages; and a full disk would be a crash.
-            with open(os.open(self._pixels(name), os.O_WRONLY), "wb") as file:
-                file.seek(numbers.start * pixels[0].nbytes)
-                file.write(pixels.data)
-                file.flush()
-                os.fsync(file.fileno())
-            if self.png:
-                for i, picture in zip(numbers, pixels, strict=True):
-                    save_image(self.folder / name / f"{i:06d}.png", Image.fromarray(picture))
-        (self.marks / f"{chunk:06d}").touch()
-
-    def finish(self, config: dict[str, Any]) -> None:
-        """Make the .npz files, equal pictures giving equal bytes, and remove work/; memory does not grow with N."""
-        if not self.unfinished and not self.work.exists():
-            return
-        for left_by_a_kill in self.folder.rglob(".*.tmp.*"):
-            left_by_a_kill.unlink()
-        for name in tqdm(self.unfinished, desc="writing", unit="file"):
-            write_json(self.folder / f"{name}.json", {key: config[key] for key in config if key != "schedules"} | config["schedules"][name])
-            # zipfile dates an entry of ZipInfo 1980, so that the bytes do not tell when they were written.
-            with (
-                atomic_path(self.npz(name)) as temporary,
-                zipfile.ZipFile(temporary, "w") as archive,
-                archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry,
-                open(self._pixels(name), "rb") as pixels,
-            ):
-                np.lib.format.write_array_header_1_0(entry, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
-                shutil.copyfileobj(pixels, entry, 2**20)
-            self._pixels(name).unlink()
-        shutil.rmtree(self.work, ignore_errors=True)
 
 
 def file_names(schedules: Sequence[StitchSchedule], files: Sequence[DenoiserFile]) -> dict[str, StitchSchedule]:
@@ -315,20 +211,24 @@ def generate(
         elif main:
             print(f"{args.sample_dir}: {len(schedules)} x {len(plan.labels)} pictures are all there; nothing is left to do")
         return None
-    if left:
+    with ExitStack() as held:
         with ranks.agree():
             if main:
-                folder.begin(config)
-        with ranks.agree():
-            if not folder.marks.is_dir():
-                raise InputError(f"rank {ranks.rank} does not see {folder.work}; choose a --sample-dir on a disk that all machines share")
+                held.enter_context(alone_in(args.sample_dir))
+                if left:
+                    folder.begin(config)
+        if left:
+            with ranks.agree():
+                if not folder.marks.is_dir():
+                    raise InputError(f"rank {ranks.rank} does not see {folder.work}; choose a --sample-dir on a disk that all machines share")
 
-        def latents(chunk: int) -> list[Tensor]:
-            return walk(plan, denoisers, list(schedules.values()), folder.chunks[chunk].start, folder.chunks[chunk].stop).latents
+            def latents(chunk: int) -> list[Tensor]:
+                return walk(plan, denoisers, list(schedules.values()), folder.chunks[chunk].start, folder.chunks[chunk].stop).latents
 
-        busy = store(ranks, folder, left, latents, autoencoder)
+            busy = store(ranks, folder, left, latents, autoencoder)
+        if main:
+            folder.finish(config)
     if main:
-        folder.finish(config)
         print(f"{args.sample_dir}: {len(schedules)} x {len(plan.labels)} pictures" + (f", device busy for at most {busy:.3f} of the time" if left else ""))
         if plan.recipe:
             print(f"recipe {plan.recipe.name}: against {plan.recipe.reference}, {plan.recipe.published} was published ({plan.recipe.source})")

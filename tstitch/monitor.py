@@ -73,11 +73,16 @@ def create_monitor(args: argparse.Namespace, plan: TrainingPlan, model: ClassMod
         walk_of: number of steps -> how the trainer's models are sampled.
 
     Raises:
-        InputError: if the autoencoder, the extractor or the reference is missing or does not fit, before any step is taken.
+        InputError: if the autoencoder, the extractor or the reference is missing or does not fit, or words of an evaluation are given without
+            --eval-every, before any step is taken.
     """
     if args.eval_every < 0:
         raise InputError(f"--eval-every must not be negative, got {args.eval_every}")
     if not args.eval_every:
+        add_monitor_args(parser := argparse.ArgumentParser())
+        idle = [f"--{name.replace('_', '-')}" for name, default in vars(parser.parse_args([])).items() if getattr(args, name) != default]
+        if idle:
+            raise InputError(f"{', '.join(idle)} without --eval-every evaluates nothing; pass --eval-every STEPS")
         return None
     if args.eval_cfg_scale != 1 and model.config["class_dropout_prob"] == 0:
         raise InputError("without label dropout there is no null label to guide from; pass --eval-cfg-scale 1")

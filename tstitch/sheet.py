@@ -18,7 +18,7 @@ from tstitch.schedule import StitchSchedule
 
 
 def sample_sheet(folder: Path, plan: SamplingPlan, denoiser: SizedDenoiser, file: DenoiserFile) -> None:
-    """Sample the pictures of a plan with one denoiser; write folder/sample.png and config.json.
+    """Sample the pictures of a plan with one denoiser; write folder/sample.png and sample.json.
 
     Raises:
         InputError: if the denoiser's latents and the plan's autoencoder or pictures do not belong together.
@@ -28,7 +28,7 @@ def sample_sheet(folder: Path, plan: SamplingPlan, denoiser: SizedDenoiser, file
     schedules = [StitchSchedule((1.0,))]
     if plan.dry_run:
         size = 2 * picture_bytes(plan, 1)
-        plan_sampling(plan, [denoiser], [file], schedules, autoencoder, [Files("sample.png and config.json", size, folder, at_most=True)], kept=size)
+        plan_sampling(plan, [denoiser], [file], schedules, autoencoder, [Files("sample.png and sample.json", size, folder, at_most=True)], kept=size)
         return
     work = plan.walker.work(schedules, 1)  # None where a method chooses its own steps
     with tqdm(total=None if work is None else work[0], desc=file.model, unit="evaluation") as bar:
@@ -38,5 +38,5 @@ def sample_sheet(folder: Path, plan: SamplingPlan, denoiser: SizedDenoiser, file
         )  # fmt: skip
     save_image(folder / "sample.png", contact_sheet(autoencoder.decode(walked.latents[0])))
     ((evaluations,),) = walked.evaluations
-    write_json(folder / "config.json", run_record(plan, [file]) | {"max_batch": walked.max_batch or plan.max_batch, "evaluations": evaluations})
+    write_json(folder / "sample.json", run_record(plan, [file]) | {"max_batch": walked.max_batch or plan.max_batch, "evaluations": evaluations})
     print(f"wrote {folder / 'sample.png'}: {evaluations:.4g} evaluations a picture")

@@ -250,7 +250,8 @@ def fit(
         The moving average as a full state dict on the CPU (empty on all processes but the first, and after a rehearsal).
 
     Raises:
-        InputError: if the folder belongs to another run, or start_from to another model.
+        InputError: if the folder belongs to another run, or start_from to another model; by all processes if what is learned is no longer finite, and then
+            nothing is written or removed.
     """
     checkpoints = folder / "checkpoints"
     precision = accelerator.mixed_precision
@@ -278,21 +279,34 @@ def fit(
         done = step + 1
         if done % log_every == 0 or done == max_steps:
             log.write_means(done, stepper.param_groups[0]["lr"])
-        if evaluate is not None and eval_every and (done % eval_every == 0 or done == max_steps):
+        evaluates, saves = (every > 0 and (done % every == 0 or done == max_steps) for every in (eval_every, ckpt_every))
+        if evaluates or saves:
+            _check_weights(prepared, ema, accelerator, log, done)
+        if evaluate is not None and evaluates:
             with log.clock_stopped(), ema.lent_to(prepared):  # the rate is that of training
                 prepared.eval()
                 log.write(evaluate(accelerator.unwrap_model(prepared), done), done)
                 prepared.train()
         # After the evaluation: a kill between the two repeats it, and does not lose it.
-        if done % ckpt_every == 0 or done == max_steps:
+        if saves:
             whole = _whole_state(prepared, stepper, ema, accelerator) | {"log": log.state()}  # gathered by all processes
             if accelerator.is_main_process:
                 save_checkpoint(checkpoints, done, whole | {"args": config, "step": done, "warm_up": ema.warm_up}, keep)
     log.bar.close()
+    if start == max_steps:  # no step of this call has looked at them
+        _check_weights(prepared, ema, accelerator, log, start)
     with ema.lent_to(prepared):
         average = full_state(prepared)
     accelerator.wait_for_everyone()
     return average
+
+
+def _check_weights(prepared: nn.Module, ema: EMA, accelerator: Accelerator, log: _Log, step: int) -> None:
+    """Refuse weights that are not finite; every process calls it, and all raise if a shard of one is not."""
+    held = [local(p) for p in prepared.parameters()] + ema.average
+    wrong = torch.stack([~values.isfinite().all() for values in held]).any()
+    if accelerator.reduce(wrong.float(), "sum").item():
+        raise log.diverged("the weights are", step)
 
 
 class _Log:
@@ -304,18 +318,19 @@ class _Log:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, start: int, max_steps: int, items_per_step: int, count: int, sums: dict[str, Tensor]) -> None:
-        self.accelerator, self.items_per_step, self.count = accelerator, items_per_step, count
+        self.accelerator, self.items_per_step, self.count, self.checkpoints = accelerator, items_per_step, count, folder / "checkpoints"
         self.sums = {name: value.to(accelerator.device) for name, value in sums.items()}
         main = accelerator.is_main_process
         self.lines = JsonLines(folder / "log.jsonl", start) if main else None
         self.bar = tqdm(total=max_steps, initial=start, desc=folder.name, unit="step", disable=not main, mininterval=1.0)
-        self._since, self._rated = time.perf_counter(), start
+        self._since, self._rated, self._moved = time.perf_counter(), start, False
 
     def add(self, terms: dict[str, Tensor]) -> None:
         """Count a step."""
         for name, value in terms.items():  # on the device: reading a loss at every step would stall a GPU
             self.sums[name] = self.sums.get(name, 0) + value
         self.count += 1
+        self._moved |= not self.accelerator.optimizer_step_was_skipped
         self.bar.update()
 
     def write(self, row: dict[str, float], step: int) -> None:
@@ -325,15 +340,35 @@ class _Log:
             self.lines.write({"step": step, **{name: float(f"{value:.6g}") for name, value in row.items()}})
 
     def write_means(self, step: int, lr: float) -> None:
-        """Write the means of the steps since the last time, and begin anew."""
+        """Write the means of the steps since the last time, and begin anew.
+
+        Raises:
+            InputError: if they are not finite, by all processes, which have the same means.
+        """
         means = {name: self.accelerator.reduce(value, "mean").item() / self.count for name, value in self.sums.items()}
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
+        # The scaler of fp16 skips steps that overflow, at first to find its scale; JSON has no word for what they measured.
+        skipped = self.accelerator.scaler is not None and (self._moved or wrong == ["grad_norm"])
+        if wrong and not skipped:
+            raise self.diverged(f"{', '.join(wrong)} {'are' if len(wrong) > 1 else 'is'}", step)
+        means = {name: value for name, value in means.items() if name not in wrong}
         now = time.perf_counter()
         rate = (step - self._rated) / (now - self._since)
         self.write(means | {"lr": lr, "steps_per_s": rate, "images_per_s": rate * self.items_per_step}, step)
         shown = {name: f"{value:.4f}" for name, value in means.items()}
         peak = peak_memory(self.accelerator.device) / 2**30
         self.bar.set_postfix(shown | {"images/s": f"{rate * self.items_per_step:.0f}", "peak": f"{peak:.1f} GiB"})
-        self.sums, self.count, self._since, self._rated = {}, 0, now, step
+        self.sums, self.count, self._since, self._rated, self._moved = {}, 0, now, step, False
+
+    def diverged(self, what: str, step: int) -> InputError:
+        """What to raise when `what` was not finite at a step."""
+        self.bar.close()  # else the message would stand in its line
+        files = checkpoint_files(self.checkpoints)
+        kept = f"the last checkpoint, {files[-1]}, is kept" if files else "there is no checkpoint before it"
+        return InputError(
+            f"training diverged: at step {step} {what} not finite (NaN or infinity); {kept}, and nothing is exported. "
+            "Pass a lower --lr, --clip-norm 1, or --mixed-precision bf16 or no, and another run folder"
+        )
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from tstitch.cli import DATA, LOGGING, MACHINE, MODEL, OPTIMIZATION, add_dry_run
 from tstitch.data import Features, ImageLatents, class_weights, open_features
 from tstitch.dry_run import Files, Work, checkpoint_files_of, plan_training, show_plan, training_bytes, training_memory
 from tstitch.errors import InputError
-from tstitch.files import check_folder
+from tstitch.files import check_file, check_folder
 from tstitch.pictures import ImageFolder
 from tstitch.training import Prefetcher, cosine_lr, draw_batch, fit
 
@@ -287,7 +287,7 @@ def check_training_args(args: argparse.Namespace) -> None:
     if args.export is not None:
         if args.export.suffix != ".safetensors":
             raise InputError(f"--export writes safetensors, got {args.export}; name a .safetensors file")
-        check_folder(args.export.parent)
+        check_file(args.export)
     check_folder(args.results_dir)
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
         raise InputError(f"--report-to {args.report_to} needs that package; pip install {args.report_to}, or leave it out: log.jsonl is always written")

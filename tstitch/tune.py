@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import statistics
 import sys
 import time
@@ -26,10 +26,14 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held: on a GPU those that torch allocated, on a CPU the resident set."""
+def peak_memory(device: torch.device) -> float:
+    """Most bytes that this process has held: on a GPU those that torch allocated, on a CPU the resident set; nan where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux, in bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tstitch.checkpoints.layouts import config_from_shapes, hints_from, model_name, published_shapes, sincos_position_embedding, to_published
 from tstitch.checkpoints.weights import Checkpoint, check_shapes, file_hash, read_checkpoint, save_weights
 from tstitch.errors import InputError
-from tstitch.files import check_folder
+from tstitch.files import check_file
 
 PUBLISHED_FLOW = {"path_type": "Linear", "prediction": "velocity"}  # of the SiT whose weights are published
 FLOW_WORDS = ("path_type", "prediction", "loss_weight", "train_eps", "sample_eps")  # what says which flow a SiT was trained for
@@ -113,7 +113,7 @@ def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32, use: str 
     """
     if out.suffix != ".safetensors":
         raise InputError(f"--out {out} must end in .safetensors; the configuration lives in that format's header")
-    check_folder(out.parent)
+    check_file(out)
     checkpoint = read_checkpoint(path)
     published = as_published(checkpoint, use, **told)
     wrong = [f"{key} is {published.config[key]}, not {value}" for key, value in told.items() if value not in (None, published.config[key])]

@@ -106,13 +106,14 @@ def sincos_position_embedding(width: int, grid: int) -> Tensor:
 def hints_from(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a trainer's command line, or diffusers' config.json, says that shapes do not: num_heads, input_size, num_classes, posenc."""
     pixels = arguments.get("image_size", arguments.get("resolution"))
+    latents = pixels // 8 if isinstance(pixels, int) else None  # published trainers know only 8x autoencoders
     told = {
         "num_heads": arguments.get("num_attention_heads"),
-        "input_size": arguments.get("sample_size", pixels and pixels // 8),  # published trainers know only 8x autoencoders
+        "input_size": arguments.get("sample_size", latents),
         "num_classes": arguments.get("num_embeds_ada_norm", arguments.get("num_classes")),
         "posenc": arguments.get("posenc"),
     }
-    return {key: value for key, value in told.items() if value is not None}
+    return {key: value for key, value in told.items() if isinstance(value, str if key == "posenc" else int)}
 
 
 def config_from_shapes(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tstitch.errors import InputError
-from tstitch.files import atomic_path, read_json
+from tstitch.files import atomic_path, existing_folder, read_json
 
 STEP_WORDS = ("step", "steps", "train_steps", "global_step")  # of DiT's, GTA's, fast-DiT's and Lightning's trainers
 
@@ -75,8 +75,15 @@ class Checkpoint:
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
-    """Write safetensors atomically; floating tensors as `dtype`, `config` as JSON in the header."""
+    """Write safetensors atomically; floating tensors as `dtype`, `config` as JSON in the header.
+
+    Raises:
+        InputError: if a finite weight is too large for `dtype`.
+    """
     tensors = {k: v.detach().to("cpu", dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in state.items()}
+    if large := [k for k, v in tensors.items() if v.is_floating_point() and v.isinf().any() and not state[k].isinf().any()]:
+        kind = str(dtype).removeprefix("torch.")
+        raise InputError(f"{large[0]} holds weights too large for {kind}, so {path} is not written; choose a wider number type, or train with --clip-norm 1")
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata={"config": json.dumps(dict(config))})
 
@@ -88,29 +95,34 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         InputError: if the file is missing, truncated, no checkpoint, or would run code when read.
     """
     path = Path(path)
-    if not path.is_file():
+    if existing_folder(path) != path or not path.is_file():
         raise InputError(f"no checkpoint at {path}; pretrained_models/readme.txt says where published weights come from")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                config = json.loads((file.metadata() or {}).get("config", "{}"))
+                config = _words(json.loads((file.metadata() or {}).get("config", "{}")))
             return Checkpoint(path, {"model": safetensors.torch.load_file(path)}, config, _library_config(path))
         except (SafetensorError, ValueError, OSError) as error:
             raise InputError(f"{path} is truncated or no safetensors file ({error}); fetch it again") from None
     content = _unpickle(path)
     weights: dict[str, Any] = {name: content[name] for name in ("ema", "model") if name in content}
     weights = weights or {"model": content.get("state_dict", content)}  # Lightning's word
-    if not all(isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()) for state in weights.values()):
-        raise InputError(f"{path} holds no state dict of tensors; pass a model checkpoint")
+    if not all(isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()) for state in weights.values()):
+        raise InputError(f"{path} holds no state dict of named tensors; pass a model checkpoint")
     if "model" in weights and weights["model"] is content:
         return Checkpoint(path, weights, arguments=_library_config(path))
-    arguments = content.get("args") or {}
-    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    status = content.get("status") or {}  # where GTA's trainer counts
+    arguments = content.get("args")
+    arguments = _words(vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments)
+    status = _words(content.get("status"))  # where GTA's trainer counts
     named = int(path.stem) if path.stem.isdigit() else None
     step = next((place[key] for place in (content, status) for key in STEP_WORDS if key in place), named)
     others = tuple(key for key in content if key not in ("ema", "model", "state_dict", "args", *STEP_WORDS))
-    return Checkpoint(path, weights, arguments.get("model_config", {}), arguments, step, others)
+    return Checkpoint(path, weights, _words(arguments.get("model_config")), arguments, step, others)
+
+
+def _words(found: object) -> dict[str, Any]:
+    """What a file says by name: {} for anything but a dict with names for keys."""
+    return found if isinstance(found, dict) and all(isinstance(key, str) for key in found) else {}
 
 
 def _unpickle(path: Path) -> dict[str, Any]:
@@ -125,6 +137,8 @@ def _unpickle(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is truncated or no checkpoint ({first_line(error)}); fetch it again") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a state dict; pass a model checkpoint")
+    if unnamed := [key for key in content if not isinstance(key, str)]:
+        raise InputError(f"{path} holds a dict with keys such as {unnamed[0]!r}, not a state dict, whose keys are names; pass a model checkpoint")
     return content
 
 

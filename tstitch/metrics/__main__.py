@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tstitch.cli import MACHINE, OUTPUT, help_group, new_parser, parse_device, positive_int, run
 from tstitch.errors import InputError
-from tstitch.files import check_folder, read_json, write_json
+from tstitch.files import check_file, read_json, write_json
 from tstitch.metrics.evaluate import evaluate, measure
 from tstitch.metrics.extractors import EXTRACTORS, Extractor, create_extractor, open_batch
 from tstitch.metrics.npz import Batch, save_statistics
@@ -77,7 +77,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--save-statistics writes an .npz file, got {args.save_statistics}")
     for path in (args.json, args.save_statistics):
         if path:
-            check_folder(path.parent)
+            check_file(path)
     named = args.extractor == "emoji" and args.reference in ("train", "held_out")
     if not named and not Path(args.reference).is_dir():  # a folder may be a reference, and is looked at when its pictures' size is known
         Batch(args.reference)
