@@ -33,7 +33,7 @@ def read_rows() -> dict[str, Any]:
 
 def number(value: float) -> str:
     """Three significant digits, four where a number is nearly 1, whole numbers whole."""
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4f}" if 0.99 < value < 1 else f"{value:.3g}"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4f}" if 0.99 < value < 1 else f"{value:#.3g}".rstrip(".")
 
 
 def recorded_number(label: str, values: dict[str, dict[str, float]]) -> tuple[float, str]:

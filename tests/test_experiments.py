@@ -103,7 +103,7 @@ def test_whether_a_claim_holds_follows_from_the_numbers() -> None:
     assert judge(row, values) == [
         ("b costs at most 6 %", True, "+5.0 % < 6 %"),
         ("b costs at most 4 %", False, "+5.0 % < 4 %"),
-        ("in order, and fast", False, "2 < 2.1 < 3; 1.6 < 1.5"),
+        ("in order, and fast", False, "2 < 2.10 < 3; 1.6 < 1.50"),
     ]
     assert verdict(row, {"values": values}) == "1 of 3"
     assert verdict({}, {"values": values}) == verdict(row, None) == verdict(row, {"values": {}}) == "-"
@@ -116,9 +116,9 @@ def test_whether_a_claim_holds_follows_from_the_numbers() -> None:
 def test_a_row_says_of_how_many_pictures_its_fd_emoji_is() -> None:
     row = {"emoji": ["a --num-images 1000", "b --num-images 1000"], "found": "{L FD-emoji}."}
     values = {"L FD-emoji": {"value": 2.5}}
-    assert report.outcome(row, {"values": values}) == "2.5. FD-emoji of 1,000 pictures."
-    assert report.outcome(row | {"emoji": ["a --num-images 1000", "b --num-images 200"]}, {"values": values}) == "2.5."
-    assert report.outcome(row | {"found": "{loss}."}, {"values": {"loss": {"value": 2.5}}}) == "2.5."
+    assert report.outcome(row, {"values": values}) == "2.50. FD-emoji of 1,000 pictures."
+    assert report.outcome(row | {"emoji": ["a --num-images 1000", "b --num-images 200"]}, {"values": values}) == "2.50."
+    assert report.outcome(row | {"found": "{loss}."}, {"values": {"loss": {"value": 2.5}}}) == "2.50."
 
 
 def test_every_claim_is_about_recorded_numbers() -> None:
