@@ -405,6 +405,10 @@ def test_files_that_no_index_speaks_for_are_left_alone_and_a_kill_while_laying_o
     again.begin()
     again.write([1], np.full((1, 1, 8, 2, 2), 0.5))
     writer().begin()  # what is stored stays
+    whole = {"num_classes": 5, "vae": "pixels", "scaling_factor": 1.0}
+    for value in (1, 2):  # a store takes the place of an unfinished one, and of a finished one
+        write_features(tmp_path / "other", np.full((2, 1, 8, 2, 2), value), np.array([3, value]), **whole)
+    assert np.load(tmp_path / "other" / "labels.npy").tolist() == [3, 2] and (np.load(tmp_path / "other" / "moments.npy") == 2).all()
     assert np.load(tmp_path / "moments.npy")[:, 0, 0, 0, 0].tolist() == [0, 0.5]
 
 

@@ -285,8 +285,9 @@ def write_features(
         labels: (count,) in 0..num_classes-1.
         about: further words for index.json, class_names or vae_hash for instance.
     """
-    for name in ("index.json", "unfinished.json"):
-        (folder / name).unlink(missing_ok=True)
+    if any((folder / name).exists() for name in ("index.json", "unfinished.json")):
+        for name in ("moments.npy", "labels.npy", "status.bin", "unfinished.json", "index.json"):  # while they last, the indices say whose the others are
+            (folder / name).unlink(missing_ok=True)
     count, mirrors, channels, height, width = moments.shape
     index = {"count": count, "mirrors": mirrors, "latent_shape": [channels // 2, height, width], "num_classes": num_classes}
     writer = FeatureWriter(folder, index | {"vae": vae, "scaling_factor": scaling_factor, **about}, torch.from_numpy(labels.astype(np.int64)))
