@@ -28,9 +28,9 @@ from tstitch import generate
 from tstitch.autoencoder import Autoencoder
 from tstitch.cli import run, sampling_plan, stitched_files
 from tstitch.errors import InputError
+from tstitch.files import alone_in
 from tstitch.noise import SampleNoise
 from tstitch.presets import ROOT
-from tstitch.sample_folder import alone_in
 from tstitch.sampling import sample
 from tstitch.schedule import StitchSchedule
 
@@ -138,6 +138,10 @@ def test_a_second_run_is_kept_out_of_a_folder_that_is_being_filled(tmp_path: Pat
     with alone_in(tmp_path / "sweep"):
         with pytest.raises(InputError, match="another run is filling"):
             sample_ddp_t_stitch.main([*TINY, "--sample-dir", str(tmp_path / "sweep")])
+        (tmp_path / "sweep" / "config.json").write_text("{}")  # of another sweep: nobody is told to remove it now
+        with pytest.raises(InputError, match="another run is filling"):
+            sample_ddp_t_stitch.main([*TINY, "--sample-dir", str(tmp_path / "sweep")])
+        (tmp_path / "sweep" / "config.json").unlink()
         assert not list((tmp_path / "sweep").iterdir())
     sample_ddp_t_stitch.main([*TINY, "--sample-dir", str(tmp_path / "sweep")])
 

@@ -33,6 +33,7 @@ from tstitch.checkpoints import read_weights
 from tstitch.data import FeatureStore, class_weights, write_features
 from tstitch.diffusion import GaussianDiffusion, create_diffusion
 from tstitch.errors import InputError
+from tstitch.files import alone_in
 from tstitch.presets import ROOT
 from tstitch.training import EMA, JsonLines, Prefetcher, checkpoint_files, cosine_lr, draw_batch, snr_weights, step_seed
 
@@ -300,6 +301,14 @@ def test_an_export_onto_a_folder_is_refused_before_training(features: Path, tmp_
     with pytest.raises(InputError, match="is a folder"):
         train.main(arguments(features, tmp_path / "run", 2, "--export", str(tmp_path / "x.safetensors")))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_training_is_kept_out_of_a_folder_that_is_being_filled(features: Path, tmp_path: Path) -> None:
+    with alone_in(tmp_path / "run"):
+        with pytest.raises(InputError, match="another run is filling"):
+            train.main(arguments(features, tmp_path / "run", 2))
+        assert not list((tmp_path / "run").iterdir())
+    train.main(arguments(features, tmp_path / "run", 2))
 
 
 @pytest.mark.parametrize("flag", ["--max-steps", "--global-batch-size", "--ckpt-every", "--keep", "--log-every"])

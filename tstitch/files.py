@@ -12,6 +12,11 @@ from typing import Any
 
 from tstitch.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -83,6 +88,31 @@ def check_file(path: Path) -> None:
     if existing_folder(path) == path and path.is_dir():
         raise InputError(f"{path} is a folder; name a file")
     existing_folder(_temporary(path))  # the longer of the two names that `atomic_path` writes
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made where it is not there; the system forgets it when the process ends, however it ends.
+
+    Raises:
+        InputError: if another run has the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"another run is filling {folder}; wait for it, or choose another folder") from None
+    except OSError:  # some network disks lock no folders
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | Path, content: Any) -> None:  # noqa: ANN401  (whatever json takes)

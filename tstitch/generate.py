@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,12 @@ from tstitch.autoencoder import Autoencoder
 from tstitch.cli import MACHINE, OUTPUT, Load, SamplingPlan, YesNo, add_dry_run_arg, add_sampling_args, help_group, positive_int
 from tstitch.dry_run import Files, picture_bytes, plan_sampling
 from tstitch.errors import InputError
-from tstitch.files import check_folder
+from tstitch.files import alone_in, check_folder
 from tstitch.guidance import SizedDenoiser
 from tstitch.noise import SampleNoise
 from tstitch.presets import DenoiserFile
 from tstitch.results import weight_hashes
-from tstitch.sample_folder import SampleFolder, alone_in
+from tstitch.sample_folder import SampleFolder
 from tstitch.schedule import StitchSchedule
 from tstitch.tune import wait_for
 from tstitch.walker import Walked
@@ -204,7 +204,8 @@ def generate(
                 autoencoder.check_fit(denoiser.latent_shape, plan.image_size)
         if main:
             config = describe(args, plan, files, schedules)
-            folder.check(config)
+            with alone_in(args.sample_dir) if args.sample_dir.exists() else nullcontext():  # before it is said what else may be removed
+                folder.check(config)
     if plan.dry_run:
         if main and left:
             _plan_generation(args, plan, files, schedules, folder, left, denoisers, autoencoder, ranks.size)

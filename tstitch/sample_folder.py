@@ -19,11 +19,6 @@ from tstitch.errors import InputError
 from tstitch.files import atomic_path, read_json, write_json
 from tstitch.plots import save_image
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 
 class SampleFolder:
     """A sweep on disk.
@@ -152,28 +147,3 @@ class SampleFolder:
                 shutil.copyfileobj(pixels, entry, 2**20)
             self._pixels(name).unlink()
         shutil.rmtree(self.work, ignore_errors=True)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made where it is not there; the system forgets it when the process ends, however it ends.
-
-    Raises:
-        InputError: if another run has the folder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"another run is filling {folder}; wait for it, or choose another --sample-dir") from None
-    except OSError:  # some network disks lock no folders
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)

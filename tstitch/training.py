@@ -481,7 +481,7 @@ def _resumable_state(checkpoints: Path, config: dict[str, Any], resume: bool | P
     if not files:
         return None
     if not resume:
-        raise InputError(f"{checkpoints} already holds {len(files)} checkpoints; continue them with --autoresume or choose another --results-dir")
+        raise InputError(f"{checkpoints} already holds checkpoints; continue them with --autoresume or choose another --results-dir")
     try:
         state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True)
         began, step, _ = dict(state["args"]), state["step"], state["model"].keys() | state["opt"].keys()

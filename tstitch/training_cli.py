@@ -7,7 +7,8 @@ import hashlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from tstitch.cli import DATA, LOGGING, MACHINE, MODEL, OPTIMIZATION, add_dry_run
 from tstitch.data import Features, ImageLatents, class_weights, open_features
 from tstitch.dry_run import Files, Work, checkpoint_files_of, plan_training, show_plan, training_bytes, training_memory
 from tstitch.errors import InputError
-from tstitch.files import check_file, check_folder
+from tstitch.files import alone_in, check_file, check_folder
 from tstitch.pictures import ImageFolder
 from tstitch.training import Prefetcher, cosine_lr, draw_batch, fit
 
@@ -154,22 +155,38 @@ class TrainingPlan:
         args = self.args
         if args.compile and not args.dry_run:
             model.compile()
-        if not args.dry_run:
-            self._start_tracker()
-        average = fit(
-            model, losses, accelerator=self.accelerator, folder=args.results_dir, config=self._described() | config,
-            optimizer=torch.optim.AdamW(
-                model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay,
-                fused=self.accelerator.device.type in ("cpu", "cuda"),
-            ),
-            lr_factor=lambda step: cosine_lr(step, self.max_steps, args.warmup_steps, floor=1.0 if args.lr_schedule == "constant" else 0.0),
-            max_steps=self.max_steps, items_per_step=args.global_batch_size, accumulation=args.gradient_accumulation_steps, ema_decay=args.ema_decay,
-            clip_norm=args.clip_norm or None, seed=args.global_seed, ckpt_every=args.ckpt_every, keep=args.keep, log_every=args.log_every,
-            evaluate=evaluate, eval_every=eval_every, resume=args.autoresume, start_from=self._start_from(config),
-            rehearse=partial(self._plan, model, evaluate, eval_every) if args.dry_run else None,
-        )  # fmt: skip
-        self.accelerator.end_training()
+        with self._alone():
+            if not args.dry_run:
+                self._start_tracker()
+            average = fit(
+                model, losses, accelerator=self.accelerator, folder=args.results_dir, config=self._described() | config,
+                optimizer=torch.optim.AdamW(
+                    model.parameters(), lr=args.lr, betas=tuple(args.adam_betas), weight_decay=args.weight_decay,
+                    fused=self.accelerator.device.type in ("cpu", "cuda"),
+                ),
+                lr_factor=lambda step: cosine_lr(step, self.max_steps, args.warmup_steps, floor=1.0 if args.lr_schedule == "constant" else 0.0),
+                max_steps=self.max_steps, items_per_step=args.global_batch_size, accumulation=args.gradient_accumulation_steps, ema_decay=args.ema_decay,
+                clip_norm=args.clip_norm or None, seed=args.global_seed, ckpt_every=args.ckpt_every, keep=args.keep, log_every=args.log_every,
+                evaluate=evaluate, eval_every=eval_every, resume=args.autoresume, start_from=self._start_from(config),
+                rehearse=partial(self._plan, model, evaluate, eval_every) if args.dry_run else None,
+            )  # fmt: skip
+            self.accelerator.end_training()
         return average
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other runs out of the run folder; what its first process refuses, all refuse."""
+        refusal: InputError | None = None
+        with ExitStack() as held:
+            if self.accelerator.is_main_process and not self.args.dry_run:
+                try:
+                    held.enter_context(alone_in(self.args.results_dir))
+                except InputError as error:
+                    refusal = error
+            refused = self.accelerator.reduce(torch.tensor(float(refusal is not None), device=self.accelerator.device), "sum")
+            if refused.item():
+                raise refusal or InputError(f"another run is filling {self.args.results_dir}")
+            yield
 
     def _plan(
         self, model: nn.Module, evaluate: Callable[[nn.Module, int], dict[str, float]] | None, eval_every: int, take: Callable[[], object], start: int
@@ -277,7 +294,8 @@ def check_training_args(args: argparse.Namespace) -> None:
     }
     wrong = [flag for flag, right in ranges.items() if not right]
     if wrong:
-        raise InputError(f"{', '.join(wrong)} out of range; --help gives the ranges")
+        given = ", ".join(f"{flag} {getattr(args, flag[2:].replace('-', '_'))}" for flag in wrong)
+        raise InputError(f"{given} {'is' if len(wrong) == 1 else 'are'} out of range; --help gives the ranges")
     if (args.features_path is None) == (args.data_path is None):
         raise InputError("name the training data: either --features-path (from extract_features.py) or --data-path (a folder of class folders)")
     if args.max_steps and args.epochs:

@@ -207,7 +207,7 @@ def check_shapes(expected: Mapping[str, Sequence[int]], state: Mapping[str, Tens
     differ += [f"{k} is missing" for k in expected if k not in state] + [f"{k} is unknown to the model" for k in state if k not in expected]
     if differ:
         more = f" and {len(differ) - 2} more" if len(differ) > 2 else ""
-        raise InputError(f"{source} does not fit the model: {'; '.join(differ[:2])}{more}. Choose the model size and image size it was trained with")
+        raise InputError(f"{source} does not fit the model: {'; '.join(differ[:2])}{more}. Choose the model, image size and --num-classes it was trained with")
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
